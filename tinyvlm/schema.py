@@ -1,0 +1,127 @@
+"""The columns of every dataset, and the closed list of row statuses.
+
+Each row of each stage has an int64 `key` that survives, a `status` and a `detail`.  Columns marked *measured* (time,
+attempts) may differ between two runs of the same work; two runs are equal when all other columns are, sorted by key.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+OK = "ok"
+
+STATUSES: dict[str, str] = {
+    OK: "usable by the next stage",
+    "bad_url": "not an http(s) address",
+    "private_address": "resolves to a private, loopback or metadata address that is not on the allow-list",
+    "dns_error": "the host name does not resolve",
+    "connection_error": "refused, reset or closed early",
+    "timeout": "a connect, read or total deadline passed",
+    "http_error": "the server answered with a permanent error status",
+    "throttled": "429 or 503 after the last retry",
+    "too_many_redirects": "the redirect limit was reached",
+    "opted_out": "the server asked not to be used for training",
+    "too_large": "more bytes than allowed",
+    "not_image": "the bytes are no image of an allowed format",
+    "undecodable": "an image, but damaged",
+    "too_many_pixels": "more pixels than allowed (decompression bomb)",
+    "too_small": "fewer pixels than allowed",
+    "placeholder": "looks like an 'image not available' picture",
+    "no_picture": "the conversation's picture is not in the input",
+    "bad_text": "the conversation's text is empty or unusable",
+    "too_long": "more tokens than the model may read",
+    "internal_error": "our own failure on this row; the run went on",
+}
+"""Every status that a row may have, and what it means."""
+
+MEASURED = {b"measured": b"true"}
+"""Field metadata of columns that two equal runs may disagree in."""
+
+
+def _row(*fields: pa.Field) -> pa.Schema:
+    outcome = (pa.field("key", pa.int64(), False), pa.field("status", pa.string(), False), pa.field("detail", pa.string()))
+    return pa.schema([*outcome, *fields])
+
+
+_CARRIED = (pa.field("url", pa.string()), pa.field("caption", pa.string()), pa.field("meta", pa.string()))
+"""`meta` is a JSON object with whatever else the link list says of the row (split, image id, …)."""
+
+LINKS = pa.schema([pa.field("key", pa.int64(), False), *_CARRIED])
+
+DOWNLOADED = _row(
+    *_CARRIED,
+    pa.field("image", pa.binary()),
+    pa.field("sha256", pa.string()),
+    pa.field("format", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("http_status", pa.int32()),
+    pa.field("final_url", pa.string()),
+    pa.field("attempts", pa.int32(), metadata=MEASURED),
+    pa.field("milliseconds", pa.float32(), metadata=MEASURED),
+)
+"""`image`: the bytes as sent (`store=original`) or the finished picture; `width`, `height`: of the original."""
+
+PREPROCESSED = _row(
+    *_CARRIED,
+    pa.field("image", pa.binary()),
+    pa.field("sha256", pa.string()),
+    pa.field("original_width", pa.int32()),
+    pa.field("original_height", pa.int32()),
+    pa.field("fit", pa.string()),
+)
+"""`image`: JPEG of the finished square picture; `fit`: "crop" or "pad"."""
+
+EXPLORED = _row(
+    pa.field("label", pa.string()),
+    pa.field("category", pa.string()),
+    pa.field("confidence", pa.float32()),
+)
+
+
+def encoded(num_tokens: int, width: int) -> pa.Schema:
+    """Preprocessed rows plus `similarity` to the nearest reference placeholder and K×D half-precision features."""
+    return _row(
+        *_CARRIED,
+        pa.field("image", pa.binary()),
+        pa.field("sha256", pa.string()),
+        pa.field("similarity", pa.float32()),
+        pa.field("features", pa.fixed_shape_tensor(pa.float16(), (num_tokens, width))),
+    )
+
+
+_PART = pa.struct([pa.field("text", pa.string()), pa.field("image", pa.int32())])
+_MESSAGE = pa.struct([pa.field("role", pa.string(), False), pa.field("parts", pa.list_(_PART), False)])
+
+CONVERSATIONS = _row(
+    pa.field("source_key", pa.int64()),
+    pa.field("source", pa.string()),
+    pa.field("family", pa.string()),
+    pa.field("split", pa.string()),
+    pa.field("messages", pa.list_(_MESSAGE)),
+    pa.field("images", pa.list_(pa.struct([pa.field("bytes", pa.binary()), pa.field("sha256", pa.string())]))),
+    pa.field("meta", pa.string()),
+)
+"""One conversation a row.  A part has `text` or `image` (an index into `images`), never both.
+
+`family`: caption, vqa, multi_turn or text.  `split`: train, validation or test.  `source_key`: the input row's key.
+"""
+
+ANSWERS = _row(
+    pa.field("source", pa.string()),
+    pa.field("family", pa.string()),
+    pa.field("split", pa.string()),
+    pa.field("prompt", pa.string()),
+    pa.field("truth", pa.string()),
+    pa.field("answer", pa.string()),
+    pa.field("correct", pa.bool_()),
+    pa.field("image_sha256", pa.string()),
+    pa.field("condition", pa.string()),
+    pa.field("meta", pa.string()),
+)
+"""Kept answers.  `condition`: "as_is" or "shuffled" (the picture of another row)."""
+
+
+def measured_columns(schema: pa.Schema) -> set[str]:
+    """Names of the columns in which two equal runs may differ."""
+    return {field.name for field in schema if field.metadata and b"measured" in field.metadata}
