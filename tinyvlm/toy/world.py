@@ -132,7 +132,8 @@ def _phrase(thing: Thing, rng: random.Random, bare: bool) -> tuple[Claim, str]:
     elif style < 0.24:
         name = ""
     words = " ".join(word for word in (size, color, name or "shape") if word)
-    return (size, color, name, place), article(words) + (f" {where(place)}" if place else "")
+    words = article(words) if rng.random() < 0.9 else words
+    return (size, color, name, place), words + (f" {where(place)}" if place else "")
 
 
 def _list(phrases: list[str]) -> str:

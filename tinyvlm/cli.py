@@ -1,0 +1,101 @@
+"""`tinyvlm`: the command line.  What needs Ray is started as a `ray_jobs` process, so this module never imports it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tinyvlm.errors import ClusterError, DataError, InputError, TinyVLMError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; expected failures become one sentence and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if arguments[:1] == ["demo"]:
+            return _demo(arguments[1:])
+        options = _parser().parse_args(arguments)
+        command: int = options.run(options)
+        return command
+    except TinyVLMError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("demo", help="the whole line on this machine, from links to a served answer")
+
+    ask = commands.add_parser("ask", help="ask a running endpoint about pictures")
+    ask.add_argument("question")
+    ask.add_argument("--picture", type=Path, action="append", default=[], help="a picture file; may be repeated")
+    ask.add_argument("--url", default=DEFAULT_URL)
+    ask.add_argument("--model", default="tinyvlm")
+    ask.set_defaults(run=_ask)
+
+    verify = commands.add_parser("verify", help="check a stage folder against its checksums")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(run=_verify)
+
+    recipe = commands.add_parser("recipe", help="print a recipe as JSON, with --set applied")
+    recipe.add_argument("name")
+    recipe.add_argument("--set", action="append", default=[], metavar="A.B=V")
+    recipe.set_defaults(run=_recipe)
+    return parser
+
+
+def _demo(arguments: list[str]) -> int:
+    """In a process of its own, because it needs Ray."""
+    import importlib.util
+
+    if importlib.util.find_spec("ray") is None:
+        raise ClusterError("The demo needs Ray, which is not installed; run `pip install 'tinyvlm[ray,demo]'` or `make demo`.")
+    process = subprocess.Popen([sys.executable, "-m", "ray_jobs.demo", *arguments], env=os.environ)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the child got it too and is putting things away
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from tinyvlm.serve.client import ask
+
+    pictures = []
+    for path in options.picture:
+        if not path.is_file():
+            raise InputError(f"There is no picture file {path}.")
+        pictures.append(path.read_bytes())
+    sys.stdout.write(ask(options.url, options.question, pictures, model=options.model) + "\n")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tinyvlm.stage import verify
+
+    problems = verify(options.folder)
+    if problems:
+        raise DataError(f"{options.folder} differs from its manifest: {'; '.join(problems)}.")
+    sys.stdout.write(f"{options.folder}: every file matches its manifest.\n")
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    import json
+
+    from tinyvlm import config, recipes
+
+    sys.stdout.write(json.dumps(config.to_dict(recipes.load(options.name, options.set)), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores and the stage that collects answers: captions (BLEU), questions (accuracy with chance lines), reports."""

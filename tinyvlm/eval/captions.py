@@ -1,0 +1,114 @@
+"""How close captions come to reference captions: BLEU-1..4 in two ways that must not be confused.
+
+    text ──tokenise──▶ tokens ──n-grams──▶ corpus_bleu      counts summed over all captions, closest reference length
+                                     └───▶ published_bleu   the published system's way: a sentence score, averaged
+
+`corpus_bleu` is what the COCO caption tools compute, on tokens in the manner of the Penn Treebank with punctuation
+dropped; it is the figure to compare with others.  `published_bleu` is NLTK's sentence BLEU with its smoothing method 1;
+a mean of it is neither corpus BLEU nor comparable to it, and is reported under its own name only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+ORDERS = (1, 2, 3, 4)
+
+Bleu = tuple[float, float, float, float]
+"""BLEU-1 to BLEU-4, each 0 … 1."""
+
+_TOKEN = re.compile(
+    r"""
+      [a-z]+(?=n't\b)              # "does" of "doesn't"
+    | n't\b | '(?:s|m|d|re|ve|ll)\b  # the clipped halves
+    | (?:[a-z]\.){2,}              # u.s.
+    | \d+(?:[.,:/]\d+)*            # 1,000  3.5  10:30
+    | \w+(?:[-'&]\w+)*             # words, black-and-white, o'clock
+    | \.{3} | --
+    | [^\w\s]                      # each other sign is a token of its own
+    """,
+    re.VERBOSE,
+)
+_CLIPPED = re.compile(r"(n't|'(?:s|m|d|re|ve|ll))$")
+_DROPPED = frozenset("' ` ( ) [ ] { } . ? ! , : - -- ... ; \" “ ” ‘ ’".split())
+
+
+def tokenise(text: str, *, punctuation: bool = False) -> list[str]:
+    """Lower-case words as the Penn Treebank cuts them (`it's`: `it`, `'s`); `punctuation` keeps signs as tokens."""
+    tokens: list[str] = []
+    for token in _TOKEN.findall(text.lower().replace("’", "'")):
+        clipped = _CLIPPED.search(token)
+        pieces = [token[: clipped.start()], clipped.group()] if clipped and clipped.start() else [token]
+        tokens += [piece for piece in pieces if punctuation or piece not in _DROPPED]
+    return tokens
+
+
+def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Bleu:
+    """Corpus BLEU-1..4 of predictions, each against its own list of references.
+
+    Raises:
+        ValueError: the lists differ in length, or a prediction has no reference.
+    """
+    if len(predictions) != len(references) or not all(references):
+        raise ValueError(
+            f"{len(predictions)} predictions came with {len(references)} lists of references, or one is empty."
+        )
+    matched, offered = [0] * 4, [0] * 4
+    length = wanted_length = 0
+    for prediction, options in zip(predictions, references, strict=True):
+        tokens, others = tokenise(prediction), [tokenise(option) for option in options]
+        length += len(tokens)
+        wanted_length += _closest_length(len(tokens), others)
+        for order in ORDERS:
+            right, total = _clipped_matches(tokens, others, order)
+            matched[order - 1] += right
+            offered[order - 1] += total
+    # The COCO tools' guards against 0 ÷ 0, kept so that figures agree to the last digit.
+    tiny, small = 1e-15, 1e-9
+    ratio = (length + tiny) / (wanted_length + small)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    precisions = [(right + tiny) / (total + small) for right, total in zip(matched, offered, strict=True)]
+    return _four([math.prod(precisions[:order]) ** (1 / order) * penalty for order in ORDERS])
+
+
+def published_bleu(prediction: str, reference: str) -> Bleu:
+    """Sentence BLEU-1..4 with NLTK's smoothing method 1, as the published system reports it (punctuation kept)."""
+    tokens, other = tokenise(prediction, punctuation=True), tokenise(reference, punctuation=True)
+    counts = [_clipped_matches(tokens, [other], order) for order in ORDERS]
+    if not tokens or counts[0][0] == 0:
+        return (0.0, 0.0, 0.0, 0.0)
+    penalty = 1.0 if len(tokens) > len(other) else math.exp(1 - len(other) / len(tokens))
+    precisions = [(right or 0.1) / max(1, total) for right, total in counts]
+    return _four([penalty * math.prod(precisions[:order]) ** (1 / order) for order in ORDERS])
+
+
+def mean_published_bleu(predictions: Sequence[str], references: Sequence[str]) -> Bleu:
+    """The mean over captions of `published_bleu`; zeros for no captions."""
+    scores = [published_bleu(mine, theirs) for mine, theirs in zip(predictions, references, strict=True)]
+    return _four([sum(score[order - 1] for score in scores) / max(1, len(scores)) for order in ORDERS])
+
+
+def _four(values: Sequence[float]) -> Bleu:
+    one, two, three, four = values
+    return (one, two, three, four)
+
+
+def _clipped_matches(tokens: Sequence[str], others: Sequence[Sequence[str]], order: int) -> tuple[int, int]:
+    """(n-grams found in a reference, each at most as often as in the reference that has it most; n-grams in all)."""
+    allowed: Counter[tuple[str, ...]] = Counter()
+    for other in others:
+        allowed |= _ngrams(other, order)
+    mine = _ngrams(tokens, order)
+    return (mine & allowed).total(), mine.total()
+
+
+def _ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
+
+
+def _closest_length(length: int, others: Sequence[Sequence[str]]) -> int:
+    """Length of the reference nearest in length; the shorter of two equally near."""
+    return min((abs(len(other) - length), len(other)) for other in others)[1]
