@@ -114,13 +114,15 @@ class LocalCluster:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ClusterError(f"Ray did not start: {_last_words(self.log_path)} (the whole story: {self.log_path}).")
+                raise ClusterError(f"Ray did not start: {_last_words(self.log_path)} (its log: {self.log_path}).")
             with contextlib.suppress(urllib.error.URLError, OSError):
                 with urllib.request.urlopen(f"{self.dashboard_url}/api/jobs/", timeout=2) as answer:
                     if answer.status == 200:
                         return
             time.sleep(0.25)
-        raise ClusterError(f"Ray's dashboard did not answer at {self.dashboard_url} in {START_TIMEOUT_S:.0f} s; see {self.log_path}.")
+        raise ClusterError(
+            f"Ray's dashboard did not answer at {self.dashboard_url} in {START_TIMEOUT_S:.0f} s; see {self.log_path}."
+        )
 
     def processes(self) -> list[psutil.Process]:
         """Every living process of this cluster, its jobs and their workers."""

@@ -1,4 +1,4 @@
-"""The main job: the whole line, small and real, on this machine.  `make demo` = `tinyvlm demo` = `python -m ray_jobs.demo`.
+"""The whole line, small and real, on this machine: `make demo` = `tinyvlm demo` = `python -m ray_jobs.demo`.
 
     local web server ─▶ links.parquet ─▶ local Ray ─▶ one `ray job submit` a stage ─▶ five questions over HTTP
                                                                    │
@@ -108,7 +108,9 @@ def wait_for(url: str, timeout_s: float, complaint: str) -> None:
     raise ClusterError(complaint)
 
 
-def run_stages(options: Options, links: Path, client: JobClient, meter: MemoryMeter, screen: Screen) -> dict[str, float]:
+def run_stages(
+    options: Options, links: Path, client: JobClient, meter: MemoryMeter, screen: Screen
+) -> dict[str, float]:
     """Submit every stage in turn; returns seconds by stage (those of an earlier run for finished stages)."""
     times_path = options.output / "times.json"
     times: dict[str, Any] = json.loads(times_path.read_text()) if times_path.is_file() else {}
@@ -184,7 +186,9 @@ def require_easy_vqa() -> None:
     import importlib.util
 
     if importlib.util.find_spec("easy_vqa") is None:
-        raise ConfigError("The demo wants the pictures of the package easy-vqa; run `pip install easy-vqa` (or `make demo`).")
+        raise ConfigError(
+            "The demo wants the pictures of the package easy-vqa; run `pip install easy-vqa`, or `make demo`."
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

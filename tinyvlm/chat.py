@@ -2,19 +2,23 @@
 
 A conversation is a list of messages.  A message has a role and a list of parts; a part is text or "picture number i":
 
-    Message("user", ("<picture 0>", "what shape is in the image?"))
+    Message("user", (Picture(0), "what shape is in the image?"))
          │ render                                        (this file)
          ▼
     <|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<IMAGE><Image_Token>×K<IMAGE_END>what shape …<|eot_id|>
     <|start_header_id|>assistant<|end_header_id|>\n\ncircle<|eot_id|>
                                                     ╰──── supervised ────╯
 
-The layout is that of Llama 3 Instruct without its date lines; `CHAT_TEMPLATE` is the same layout as a Jinja template for
-`tokenizer.apply_chat_template`, and a test keeps the two equal.
+The layout is that of Llama 3 Instruct without its date lines; `CHAT_TEMPLATE` is the same layout as a Jinja template
+for `apply_chat_template`, and a test keeps the two equal.
+
+What people typed and what this file wrote stay apart: a segment says which of the two it is, and only the second kind
+is searched for special tokens.  Someone who types `<|eot_id|>` has typed ten characters, not ended a turn.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +42,9 @@ IMAGE_TOKENS = (IMAGE, IMAGE_END, IMAGE_TOKEN)
 
 PLACEHOLDER = "<IMGPLH>"
 """What a prompt writes where a picture belongs; plain text, replaced before tokenisation."""
+
+PICTURE_TYPES = ("image", "image_url", "input_image")
+"""How the parts of a message that are pictures call themselves in OpenAI's and transformers' shapes."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES = ("system", "user", "assistant")
@@ -68,10 +75,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of prompt text; `supervised` stretches carry the loss."""
+    """A stretch of prompt text of one kind."""
 
     text: str
     supervised: bool
+    """The loss counts it: the assistant's words and the end-of-turn token after them."""
+    is_layout: bool
+    """Written by this file: its special-token names are special tokens.  Otherwise typed by someone: plain text."""
 
 
 def place_pictures(text: str, num_pictures: int) -> tuple[Part, ...]:
@@ -129,52 +139,83 @@ def check_turns(messages: Sequence[Message]) -> None:
         if message.role == "system" and position != 0:
             raise InputError(f"Message {position} is a system message; only the first one may be.", field="messages")
         if message.role != "user" and any(isinstance(part, Picture) for part in message.parts):
-            raise InputError(f"Message {position} ({message.role}) has a picture; only user messages may.", field="messages")
+            raise InputError(f"Message {position} ({message.role}) has a picture; only user messages may.", "messages")
 
 
 def render(messages: Sequence[Message], num_image_tokens: int, *, open_answer: bool = False) -> list[Segment]:
-    """Write a conversation as prompt text, split where the supervision changes.
+    """Write a conversation as prompt text, cut where the supervision or the author changes.
 
     Args:
-        messages: the turns, already checked.
+        messages: the turns.
         num_image_tokens: K, how many `<Image_Token>` stand for one picture.
         open_answer: end with the assistant's header, for generation.
 
-    The assistant's words and the end-of-turn token after them are supervised, nothing else.  Special-token names inside
-    user text are defused by `neutralise`, so that text can never become a control token.
+    White space around a message's content is dropped, as Llama's own template does.
+
+    Raises:
+        InputError: the turns break a rule of `check_turns`.
     """
     check_turns(messages)
-    picture_text = IMAGE + IMAGE_TOKEN * num_image_tokens + IMAGE_END
+    picture = IMAGE + IMAGE_TOKEN * num_image_tokens + IMAGE_END
     segments: list[Segment] = []
-    pending = BEGIN_OF_TEXT
+    layout = BEGIN_OF_TEXT
     for message in messages:
-        pending += f"{START_HEADER}{message.role}{END_HEADER}\n\n"
-        content = "".join(picture_text if isinstance(part, Picture) else neutralise(part) for part in message.parts)
-        if message.role == "assistant":
-            segments += [Segment(pending, False), Segment(content.strip() + END_OF_TURN, True)]
-            pending = ""
+        layout += f"{START_HEADER}{message.role}{END_HEADER}\n\n"
+        is_answer = message.role == "assistant"
+        for part in _content(message):
+            if isinstance(part, Picture):
+                layout += picture
+                continue
+            if layout:
+                segments.append(Segment(layout, False, True))
+            segments.append(Segment(part, is_answer, False))
+            layout = ""
+        if is_answer:
+            if layout:
+                segments.append(Segment(layout, False, True))
+            segments.append(Segment(END_OF_TURN, True, True))
+            layout = ""
         else:
-            pending += content.strip() + END_OF_TURN
+            layout += END_OF_TURN
     if open_answer:
-        pending += f"{START_HEADER}assistant{END_HEADER}\n\n"
-    if pending:
-        segments.append(Segment(pending, False))
+        layout += f"{START_HEADER}assistant{END_HEADER}\n\n"
+    if layout:
+        segments.append(Segment(layout, False, True))
     return segments
 
 
+def _content(message: Message) -> list[Part]:
+    """The parts of a message: neighbouring texts joined, outer white space and empty texts dropped."""
+    parts: list[Part] = []
+    for part in message.parts:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return [part for part in parts if part != ""]
+
+
+_CONTROL_NAME = re.compile(r"<(?=\|[^|<>\s]{1,64}\|>|IMAGE>|IMAGE_END>|Image_Token>)")
+
+
 def neutralise(text: str) -> str:
-    """Break special-token names that users typed, so that they tokenise as ordinary text (a zero-width space is put in)."""
-    for name in (*LLAMA_TOKENS, *IMAGE_TOKENS):
-        if name in text:
-            text = text.replace(name, name[0] + "\u200b" + name[1:])
-    return text
+    """Break special-token names, with a zero-width space, in text that will be tokenised together with the layout.
+
+    Our own road does not need this, because `render` keeps typed text apart; transformers' `apply_chat_template`, which
+    hands one whole string to the tokenizer, does.
+    """
+    return _CONTROL_NAME.sub("<\u200b", text) if "<" in text else text
 
 
 def messages_from_dicts(dicts: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Read `{"role", "content"}` messages as OpenAI and transformers write them.
 
-    Content is a string or a list of `{"type": "text", "text": …}` and `{"type": "image"}` / `{"type": "image_url"}` items;
-    pictures are numbered in order of appearance.
+    Content is a string or a list of `{"type": "text", "text": …}` and `{"type": "image"}` / `{"type": "image_url"}`
+    items; pictures are numbered in order of appearance.  The role "developer" is OpenAI's newer word for "system".
 
     Raises:
         InputError: for anything else, naming the message.
@@ -182,31 +223,37 @@ def messages_from_dicts(dicts: Sequence[Mapping[str, Any]]) -> list[Message]:
     messages: list[Message] = []
     num_pictures = 0
     for position, item in enumerate(dicts):
-        content = item.get("content")
-        if isinstance(content, str):
-            parts: tuple[Part, ...] = (content,)
-        elif isinstance(content, Sequence):
-            collected: list[Part] = []
-            for part in content:
-                kind = part.get("type") if isinstance(part, Mapping) else None
-                if kind == "text" and isinstance(part.get("text"), str):
-                    collected.append(part["text"])
-                elif kind in ("image", "image_url", "input_image"):
-                    collected.append(Picture(num_pictures))
-                    num_pictures += 1
-                else:
-                    raise InputError(
-                        f"Message {position} has a part of type {kind!r}; use 'text' or 'image_url'.", field="messages"
-                    )
-            parts = tuple(collected)
-        else:
-            raise InputError(
-                f"Message {position} has content of type {type(content).__name__}; give a string or a list of parts.",
-                field="messages",
-            )
-        messages.append(Message(item.get("role", ""), parts))
+        if not isinstance(item, Mapping):
+            kind = type(item).__name__
+            raise InputError(f"Message {position} is a {kind}; give an object with role and content.", "messages")
+        parts = tuple(_read_part(part, position) for part in _content_items(item.get("content"), position))
+        numbered: list[Part] = []
+        for part in parts:
+            numbered.append(part if isinstance(part, str) else Picture(num_pictures))
+            num_pictures += not isinstance(part, str)
+        role = item.get("role", "")
+        messages.append(Message("system" if role == "developer" else role, tuple(numbered)))
     check_turns(messages)
     return messages
+
+
+def _content_items(content: Any, position: int) -> Sequence[Any]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if isinstance(content, Sequence) and not isinstance(content, bytes):
+        return content
+    kind = type(content).__name__
+    raise InputError(f"Message {position} has content of type {kind}; give a string or a list of parts.", "messages")
+
+
+def _read_part(part: Any, position: int) -> Part:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind in PICTURE_TYPES:
+        return Picture(0)
+    detail = "without a string 'text'" if kind == "text" else f"of type {kind!r}"
+    raise InputError(f"Message {position} has a part {detail}; use 'text' or 'image_url'.", "messages")
 
 
 CHAT_TEMPLATE = (

@@ -57,7 +57,9 @@ def _demo(arguments: list[str]) -> int:
     import importlib.util
 
     if importlib.util.find_spec("ray") is None:
-        raise ClusterError("The demo needs Ray, which is not installed; run `pip install 'tinyvlm[ray,demo]'` or `make demo`.")
+        raise ClusterError(
+            "The demo wants Ray, which is not installed; run `pip install 'tinyvlm[ray,demo]'`, or `make demo`."
+        )
     process = subprocess.Popen([sys.executable, "-m", "ray_jobs.demo", *arguments], env=os.environ)
     while True:
         try:

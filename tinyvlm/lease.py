@@ -1,24 +1,34 @@
 """A lease with a fencing number: keeps two drivers out of one stage folder.
 
-The holder renews `lease.json` while it works.  Another driver takes over when the lease was given back, is stale, or its
-holder's process on this host is dead, and raises the number; writers of the old number are then refused.
+    {folder}/lease-000001.json    made exclusively by whoever takes number 1; its holder alone rewrites it, to renew it
+    {folder}/lease-000002.json    the next holder's: from now on whoever works under a smaller number is refused
+
+The highest number is the lease.  Another driver takes over when the holder gave it back, when its process on this host
+is dead, or when it has not renewed for `STALE_S`.  Each holder writes only its own file, so one that was suspended and
+wakes up late cannot push its successor out.  Ages are differences of two times given by the folder's own file system:
+the clocks of two hosts need not agree.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
-import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from tinyvlm.errors import StageError
 
 RENEW_S = 5.0
 STALE_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class Lease:
@@ -31,90 +41,132 @@ class Lease:
 
     @classmethod
     def take(cls, folder: Path) -> Lease:
-        """Take the lease of `folder`.
+        """Take the lease of `folder`, which is made if it is not there.
 
         Raises:
-            StageError: another living driver holds it.
+            StageError: another living driver holds it, or the folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        held = _read(folder)
-        if held is not None and _is_alive(held):
-            raise StageError(
-                f"{folder} is in use by process {held['pid']} on {held['host']}; wait for it or stop it, then run again."
-            )
-        lease = cls(folder, (held["number"] if held else 0) + 1)
-        lease._claim()
-        return lease
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            last = _last_number(folder)
+            if last:
+                _refuse_if_held(folder, last)
+            return cls(folder, last + 1)._claim()
+        except OSError as error:
+            raise StageError(f"Cannot write in {folder} ({error.strerror or error}); give another --output.") from error
 
     @staticmethod
     def check(folder: Path, number: int) -> None:
         """Raises StageError when the lease of `folder` has moved on from `number`."""
-        held = _read(folder)
-        if held is None or held["number"] != number:
-            now = held["number"] if held else "none"
-            raise StageError(f"{folder} now belongs to another driver (lease {now}, ours was {number}); nothing written.")
+        last = _last_number(folder)
+        if last != number:
+            now = last or "none"
+            raise StageError(
+                f"{folder} now belongs to another driver (lease {now}, ours was {number}); nothing written."
+            )
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
-        held = _read(self.folder)
-        if held is not None and held["number"] == self.number:
+        if _last_number(self.folder) == self.number:
             self._write(free=True)
 
-    def _claim(self) -> None:
-        """One file for each number, made exclusively: of two drivers that want the same number, one gets it."""
-        claim = self.folder / f".lease-{self.number}"
+    def _claim(self) -> Lease:
+        """Of two drivers that want the same number one creates its file; a number that is already past is given up."""
+        mine = _file(self.folder, self.number)
         try:
-            claim.touch(exist_ok=False)
+            with mine.open("x") as file:
+                file.write(self._content(free=False))
         except FileExistsError:
-            if time.time() - claim.stat().st_mtime < STALE_S and _read(self.folder) is None:
-                raise StageError(f"{self.folder} is being taken by another driver at this moment; run again.") from None
-        self._write(free=False)
-        for old in self.folder.glob(".lease-*"):
-            if old != claim:
+            raise StageError(f"{self.folder} is being taken by another driver at this moment; run again.") from None
+        if _last_number(self.folder) != self.number:
+            mine.unlink(missing_ok=True)
+            raise StageError(f"{self.folder} was taken by another driver at this moment; run again.")
+        for old in self.folder.glob("lease-*.json"):
+            if old != mine and _number(old) < self.number:
                 old.unlink(missing_ok=True)
+        return self
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
-            held = _read(self.folder)
-            if held is None or held["number"] != self.number:
+            if _last_number(self.folder) != self.number:
                 return
-            self._write(free=False)
+            try:
+                self._write(free=False)
+            except OSError as error:  # a full disk or a lost mount: the next round may do better
+                log.warning("the lease of %s was not renewed: %s", self.folder, error)
 
     def _write(self, *, free: bool) -> None:
-        content = {
-            "number": self.number,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": time.time(),
-            "free": free,
-        }
-        temporary = self.folder / f".lease.{os.getpid()}.{threading.get_ident()}.tmp"
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, self.folder / "lease.json")
+        temporary = self.folder / f".lease.{uuid.uuid4().hex}.tmp"
+        temporary.write_text(self._content(free=free))
+        os.replace(temporary, _file(self.folder, self.number))
+
+    def _content(self, *, free: bool) -> str:
+        return json.dumps({"number": self.number, "host": _host(), "pid": os.getpid(), "free": free})
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"lease-{number:06d}.json"
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.removeprefix("lease-")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _last_number(folder: Path) -> int:
+    return max(map(_number, folder.glob("lease-*.json")), default=0)
+
+
+def _refuse_if_held(folder: Path, number: int) -> None:
+    path = _file(folder, number)
+    age_s = _age_s(folder, path)
+    if age_s is None or age_s > STALE_S:
+        return
     try:
-        content: dict[str, Any] = json.loads((folder / "lease.json").read_text())
-        return content
-    except (FileNotFoundError, json.JSONDecodeError):
+        held: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return
+    except json.JSONDecodeError:  # created a moment ago and not filled yet, or left so by a crash: its age decides
+        held = {"free": False, "host": "an unknown host", "pid": "?"}
+    if held["free"] or (held["host"] == _host() and not _is_running(int(held["pid"]))):
+        return
+    raise StageError(
+        f"{folder} is in use by process {held['pid']} on {held['host'].split('/')[0]}; wait for it or stop it, "
+        f"then run again (a lease that is not renewed ends in {STALE_S - age_s:.0f} s)."
+    )
+
+
+def _age_s(folder: Path, path: Path) -> float | None:
+    """Seconds since `path` was written; None when it is gone, that is, when the lease has moved on."""
+    probe = folder / f".lease.{uuid.uuid4().hex}.tmp"
+    try:
+        with probe.open("x") as file:
+            return os.fstat(file.fileno()).st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
         return None
+    finally:
+        probe.unlink(missing_ok=True)
 
 
-def _is_alive(held: dict[str, Any]) -> bool:
-    if held["free"] or time.time() - float(held["time"]) > STALE_S:
-        return False
-    if held["host"] != socket.gethostname():
-        return True
+def _host() -> str:
+    """This host and, on Linux, its process namespace: containers may share a host name but not their process ids."""
     try:
-        os.kill(int(held["pid"]), 0)
-    except ProcessLookupError:
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True

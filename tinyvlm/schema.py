@@ -108,6 +108,7 @@ CONVERSATIONS = _row(
 """
 
 ANSWERS = _row(
+    pa.field("source_key", pa.int64()),
     pa.field("source", pa.string()),
     pa.field("family", pa.string()),
     pa.field("split", pa.string()),
@@ -119,7 +120,7 @@ ANSWERS = _row(
     pa.field("condition", pa.string()),
     pa.field("meta", pa.string()),
 )
-"""Kept answers.  `condition`: "as_is" or "shuffled" (the picture of another row)."""
+"""Kept answers.  `source_key`: the conversation's key.  `condition`: "as_is" or "shuffled" (the picture of another row)."""
 
 
 def measured_columns(schema: pa.Schema) -> set[str]:

@@ -22,18 +22,22 @@ Bleu = tuple[float, float, float, float]
 
 _TOKEN = re.compile(
     r"""
-      [a-z]+(?=n't\b)              # "does" of "doesn't"
-    | n't\b | '(?:s|m|d|re|ve|ll)\b  # the clipped halves
-    | (?:[a-z]\.){2,}              # u.s.
-    | \d+(?:[.,:/]\d+)*            # 1,000  3.5  10:30
-    | \w+(?:[-'&]\w+)*             # words, black-and-white, o'clock
+      [a-z]+(?=n't\b)                          # "does" of "doesn't"
+    | n't\b | '(?:s|m|d|re|ve|ll)\b            # the clipped halves
+    | https?://\S*[\w/]
+    | (?:[a-z]\.){2,}                          # u.s.
+    | (?:mr|mrs|ms|dr|st|ave|mt|jr|sr|co|inc|ltd|vs)\.
+    | -?\d+(?:[.,:/-]\d+)*(?![\w/.-]*\w)       # 1,000  3.5  10:30  3/4
+    | \w+(?:[-'&/.]\w+)*                       # words, black-and-white, o'clock, 8th, example.com
     | \.{3} | --
-    | [^\w\s]                      # each other sign is a token of its own
+    | [^\w\s]                                  # each other sign is a token of its own
     """,
     re.VERBOSE,
 )
 _CLIPPED = re.compile(r"(n't|'(?:s|m|d|re|ve|ll))$")
-_DROPPED = frozenset("' ` ( ) [ ] { } . ? ! , : - -- ... ; \" “ ” ‘ ’".split())
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+"""The Treebank's names.  The COCO tools mean to drop brackets but do not (they compare capitals): kept here too."""
+_DROPPED = frozenset("' ` . ? ! , : - -- ... ; \" “ ” ‘ ’".split())
 
 
 def tokenise(text: str, *, punctuation: bool = False) -> list[str]:
@@ -42,7 +46,7 @@ def tokenise(text: str, *, punctuation: bool = False) -> list[str]:
     for token in _TOKEN.findall(text.lower().replace("’", "'")):
         clipped = _CLIPPED.search(token)
         pieces = [token[: clipped.start()], clipped.group()] if clipped and clipped.start() else [token]
-        tokens += [piece for piece in pieces if punctuation or piece not in _DROPPED]
+        tokens += [_BRACKETS.get(piece, piece) for piece in pieces if punctuation or piece not in _DROPPED]
     return tokens
 
 

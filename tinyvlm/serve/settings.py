@@ -44,11 +44,15 @@ class ServeConfig:
 
     default_new_tokens: int = 128
     max_new_tokens: int = 512
-    max_context_tokens: int = 4096
-    """Prompt (pictures included) and answer together."""
+    max_prompt_tokens: int = 4096
+    """Of the whole conversation, pictures included; the model's own context may be shorter."""
     max_messages: int = 64
     max_pictures: int = 8
-    pictures: LimitConfig = field(default_factory=LimitConfig)
+    pictures: LimitConfig = field(
+        default_factory=lambda: LimitConfig(
+            max_bytes=10 * 1024**2, max_pixels=25_000_000, formats=("JPEG", "PNG", "WEBP", "GIF")
+        )
+    )
     """What one picture may be."""
     max_request_bytes: int = 32 * 1024**2
     max_queue: int = 64
@@ -76,10 +80,10 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ConfigError(f"serve.port wants a number from 1 to 65535, but got {self.port}.")
-        if not 0 < self.default_new_tokens <= self.max_new_tokens < self.max_context_tokens:
+        if not 0 < self.default_new_tokens <= self.max_new_tokens:
             raise ConfigError(
-                "serve wants 0 < default_new_tokens ≤ max_new_tokens < max_context_tokens, but got "
-                f"{self.default_new_tokens}, {self.max_new_tokens} and {self.max_context_tokens}."
+                "serve wants 0 < default_new_tokens ≤ max_new_tokens, but got "
+                f"{self.default_new_tokens} and {self.max_new_tokens}."
             )
         for name in ("max_pictures", "max_request_bytes", "max_queue", "max_batch", "threads", "max_messages"):
             if getattr(self, name) < (0 if name == "max_pictures" else 1):

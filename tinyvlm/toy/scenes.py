@@ -179,6 +179,26 @@ def _overlap(a: Thing, b: Thing) -> bool:
     return too_wide and abs(a.y - b.y) < (a.height + b.height) / 2 + gap
 
 
+def cell_things(scene: Scene, grid: int = 4) -> list[Thing | None]:
+    """For each cell of a grid×grid raster, row by row, the thing that covers most of it.
+
+    A thing counts from a tenth of the cell, or from a quarter of itself.
+    """
+    step = SIDE / grid
+    found: list[Thing | None] = []
+    for cell in range(grid * grid):
+        top, left = cell // grid * step, cell % grid * step
+        best, winner = 0.0, None
+        for thing in scene.things:
+            wide = min(left + step, thing.x + thing.width / 2) - max(left, thing.x - thing.width / 2)
+            high = min(top + step, thing.y + thing.height / 2) - max(top, thing.y - thing.height / 2)
+            area = max(wide, 0.0) * max(high, 0.0)
+            if area > best and area > min(0.1 * step**2, 0.25 * thing.width * thing.height):
+                best, winner = area, thing
+        found.append(winner)
+    return found
+
+
 # Drawing
 
 

@@ -30,7 +30,14 @@ LLAMA_SPLIT = (
 """How Llama 3 cuts text into words before BPE (its tokenizer.json, `pre_tokenizer`)."""
 
 WHOLE = ("\n\n", "\n")
-"""Strings that must be one token each; BPE learns them from the corpus below."""
+"""Line ends that must be one token each; BPE learns them from the corpus below."""
+
+CHAT_WORDS = (
+    "You are a helpful assistant.", "Please answer yes or no.", "Answer with one word.", "Answer briefly.",
+    "Answer the question using a single word or phrase.", "Yes", "No", "describe the image.", "write a caption.",
+    "give a short description of the picture.", "A picture shows", "The image shows", "Describe the image.",
+)  # fmt: skip
+"""What every conversation is full of."""
 
 
 def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
@@ -101,4 +108,5 @@ def _corpus(seed: int) -> Iterator[str]:
         yield describe(scene, rng) + "."
         for question, answer in questions(scene, rng):
             yield from (question, answer, f" {answer}")
-        yield from (f"user{mark}" for mark in WHOLE)
+            yield question[0].upper() + question[1:]
+        yield from (*(f"user{mark}" for mark in WHOLE), "assistant", "system", *CHAT_WORDS)

@@ -5,7 +5,7 @@
            └─ claims_and_caption ─▶ caption
 
 Two losses, added.  (1) The symmetric contrastive loss of CLIP with a learned temperature, where *every* caption that is true
-of a picture counts as a match (a batch of 256 small scenes is full of captions that fit several pictures).  (2) A cell
+of a picture counts as a match (a batch of 64 small scenes is full of captions that fit several pictures).  (2) A cell
 loss: two linear heads, thrown away afterwards, read from each cell of the pooled last hidden state which kind of thing and
 which colour lies there.  In plain CLIP the last layer's patch outputs get no gradient; these are what the connector of the
 vision-language model reads, so without (2) they would be what chance left there.
@@ -15,11 +15,13 @@ Legend: B pictures, P = 64 patches, C = 16 cells, D = 128 width, L caption token
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
-from tinyvlm.toy.scenes import COLORS, KINDS, SIDE, Scene, draw, sample_scene
+from tinyvlm.toy.scenes import COLORS, KINDS, SIDE, Scene, Thing, cell_things, draw, sample_scene
 from tinyvlm.toy.tokenizer import with_ends
 from tinyvlm.toy.world import Claim, claims_and_caption, facts
 
@@ -51,12 +53,13 @@ CELL_COLORS = ("nothing", *COLORS)
 class ClipRun:
     """How long and how fast to train; the defaults made the shipped weights."""
 
-    steps: int = 1000
-    batch: int = 256
-    learning_rate: float = 1e-3
+    steps: int = 2200
+    batch: int = 64
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: int = 50
     cell_weight: float = 1.0
+    keep_every: int = 200
     seed: int = 0
 
 
@@ -86,8 +89,13 @@ def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
 
 
-def train_clip(tokenizer: PreTrainedTokenizerFast, run: ClipRun) -> CLIPModel:
-    """Train from nothing; the same run on the same machine and number of threads gives the same weights."""
+def train_clip(
+    tokenizer: PreTrainedTokenizerFast, run: ClipRun, keep: Callable[[CLIPModel], None] | None = None
+) -> CLIPModel:
+    """Train from nothing; the same run on the same machine and number of threads gives the same weights.
+
+    `keep` is called with the unfinished model every `run.keep_every` steps.
+    """
     torch.manual_seed(run.seed)
     rng = random.Random(run.seed)
     words = with_ends(tokenizer)
@@ -109,15 +117,16 @@ def train_clip(tokenizer: PreTrainedTokenizerFast, run: ClipRun) -> CLIPModel:
         if step % 20 == 0 or step == run.steps - 1:
             log.info(
                 "step %d contrast %.3f cell %.3f kind %.3f color %.3f scale %.1f time %.0f s",
-                step, contrast, cell, *hits, model.logit_scale.exp(), time.monotonic() - began,
+                step, contrast.item(), cell.item(), *hits, model.logit_scale.exp().item(), time.monotonic() - began,
             )  # fmt: skip
+        if keep and step % run.keep_every == run.keep_every - 1:
+            keep(model)
     return model.eval()
 
 
 def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a whole CLIP folder: half-precision weights, tokenizer with both ends, image processor."""
-    model.half().save_pretrained(folder)
-    model.float()
+    copy.deepcopy(model).half().save_pretrained(folder)
     with_ends(tokenizer).save_pretrained(folder)
     CLIPImageProcessorPil(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)
@@ -167,26 +176,15 @@ def as_stored(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def cells(scene: Scene) -> list[tuple[int, int]]:
-    """For each of the 16 cells the indices in `CELL_KINDS` and `CELL_COLORS` of the thing that covers most of it.
-
-    A thing counts from a tenth of the cell, or a quarter of itself; on a notice card every cell says so.
-    """
+    """For each of the 16 cells the indices in `CELL_KINDS` and `CELL_COLORS`; on a notice card every cell says so."""
     if scene.notice:
         return [(len(CELL_KINDS) - 1, 0)] * GRID**2
-    found: list[tuple[int, int]] = []
-    step = SIDE / GRID
-    for cell in range(GRID**2):
-        top, left = cell // GRID * step, cell % GRID * step
-        best, label = 0.0, (0, 0)
-        for thing in scene.things:
-            wide = min(left + step, thing.x + thing.width / 2) - max(left, thing.x - thing.width / 2)
-            high = min(top + step, thing.y + thing.height / 2) - max(top, thing.y - thing.height / 2)
-            area = max(wide, 0) * max(high, 0)
-            if area > best and (area > 0.1 * step**2 or area > 0.25 * thing.width * thing.height):
-                kind = "rectangle" if thing.kind == "square" else thing.kind
-                best, label = area, (CELL_KINDS.index(kind), CELL_COLORS.index(thing.color))
-        found.append(label)
-    return found
+    return [_labels(thing) if thing else (0, 0) for thing in cell_things(scene, GRID)]
+
+
+def _labels(thing: Thing) -> tuple[int, int]:
+    kind = "rectangle" if thing.kind == "square" else thing.kind
+    return CELL_KINDS.index(kind), CELL_COLORS.index(thing.color)
 
 
 def _losses(

@@ -47,8 +47,8 @@ _WHAT_SHAPE = (
 )  # fmt: skip
 _WHAT_SHAPE_COLORED = ("what is the {color} shape?", "what shape is {color}?", "which shape is the {color} one?")
 _WHAT_COLOR = (
-    "what color is the {x}?", "what is the color of the {x}?", "which color does the {x} have?", "name the color of the {x}.",
-    "the {x} has what color?",
+    "what color is the {x}?", "what is the color of the {x}?", "which color does the {x} have?",
+    "name the color of the {x}.", "the {x} has what color?",
 )  # fmt: skip
 _WHERE = ("where is the {x}?", "where in the image is the {x}?", "in which part of the picture is the {x}?")
 _HOW_MANY = ("how many {x} are there?", "how many {x} are in the image?", "count the {x}.", "how many {x} do you see?")
@@ -61,7 +61,9 @@ def article(words: str) -> str:
 
 def where(place: str) -> str:
     """A place of the 3×3 grid as a phrase: "on the left", "at the top right", "in the center"."""
-    return "in the center" if place == "center" else f"on the {place}" if place in ("left", "right") else f"at the {place}"
+    if place == "center":
+        return "in the center"
+    return f"{'on' if place in ('left', 'right') else 'at'} the {place}"
 
 
 def names(thing: Thing) -> tuple[str, ...]:
@@ -187,7 +189,8 @@ def _yes_no(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
             color = rng.choice([color for color in COLORS if (color in colors) == wanted])
             yield _ask(rng, f"{color} shape", color in colors)
     thing = rng.choice(scene.things)
-    kind, color = rng.choice([(thing.name, thing.color), (thing.name, rng.choice(list(COLORS))), (rng.choice(kinds), thing.color)])
+    other_color, other_kind = rng.choice(list(COLORS)), rng.choice(kinds)
+    kind, color = rng.choice([(thing.name, thing.color), (thing.name, other_color), (other_kind, thing.color)])
     yield _ask(rng, f"{color} {kind}", (color, kind) in pairs)
 
 

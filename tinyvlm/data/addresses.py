@@ -1,0 +1,157 @@
+"""Which addresses a download may speak to: public ones, and hosts that the settings name.
+
+    "http://host/…" ──check_url──▶ URL ──Resolver──▶ checked addresses ──▶ aiohttp connects to exactly these
+
+A host name is looked up once, its addresses are checked, and the connection goes to a checked address: no second lookup
+could lead elsewhere.  Each redirect passes the same gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+KEEP_S = 300.0
+"""How long the answer to a lookup is believed, good or bad."""
+_METADATA = {"168.63.129.16"}
+"""Public-looking addresses that are a cloud's own; other clouds' metadata addresses are link-local or private."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_ENDS_IN_A_NUMBER = re.compile(r"(^|\.)(\d+|0[xX][0-9a-fA-F]*)\.?$")
+
+
+class FetchError(Exception):
+    """Why a link gave no picture: a status of `schema.STATUSES`, some words, and whether trying again may help."""
+
+    def __init__(self, status: str, detail: str, *, transient: bool = False, wait_s: float | None = None) -> None:
+        super().__init__(f"{status}: {detail}")
+        self.status, self.detail, self.transient, self.wait_s = status, detail, transient, wait_s
+
+
+def check_url(text: str, allow_hosts: Collection[str]) -> URL:
+    """The parsed address.
+
+    Raises:
+        FetchError: it is not http(s), or names a private address outright.
+    """
+    try:
+        url = URL(text.strip())
+        host = (url.host or "").lower()
+    except ValueError as error:
+        raise FetchError("bad_url", str(error)) from None
+    if url.scheme not in ("http", "https") or not host:
+        raise FetchError("bad_url", "wants http:// or https:// and a host")
+    if host in allow_hosts:
+        return url
+    try:
+        public = is_public(host)
+    except ValueError:  # a name, not a number
+        # inet_aton reads 2130706433, 0x7f.1 and 127.1 as addresses; honest links write all four numbers.
+        if _ENDS_IN_A_NUMBER.search(host):
+            raise FetchError("bad_url", f"{host} is no host name") from None
+        return url
+    if not public:
+        raise FetchError("private_address", host)
+    return url
+
+
+def is_public(address: str) -> bool:
+    """Whether a numeric address belongs to the public internet, also when it wraps an IPv4 address.
+
+    Raises:
+        ValueError: not a numeric address.
+    """
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and str(ip) not in _METADATA
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a lookup said: addresses with their families, or why there are none."""
+
+    until: float
+    addresses: tuple[tuple[int, str], ...] = ()
+    status: str = ""
+    detail: str = ""
+
+
+class Resolver(AbstractResolver):
+    """Looks host names up in threads of its own, remembers the answers in `cache`, and gives out checked addresses."""
+
+    def __init__(self, allow_hosts: Collection[str], cache: dict[str, Known], num_threads: int) -> None:
+        self._allow_hosts, self._cache = allow_hosts, cache
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="dns")
+        self._running: dict[str, asyncio.Task[Known]] = {}
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Addresses of `host` that may be spoken to.
+
+        Raises:
+            FetchError: `dns_error` or `private_address`.
+        """
+        known = self._cache.get(host)
+        if known is None or known.until < time.monotonic():
+            if host not in self._running:
+                task = asyncio.create_task(self._look_up(host))
+                task.add_done_callback(lambda _: self._running.pop(host, None))
+                self._running[host] = task
+            # Shielded: one impatient row must not cancel the lookup for the others.
+            known = await asyncio.shield(self._running[host])
+        if known.status:
+            raise FetchError(known.status, known.detail)
+        tcp, flags = socket.IPPROTO_TCP, socket.AI_NUMERICHOST
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=kind, proto=tcp, flags=flags)
+            for kind, address in known.addresses
+        ]
+
+    async def close(self) -> None:
+        """Leave lookups that still hang behind."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _look_up(self, host: str) -> Known:
+        until = time.monotonic() + KEEP_S
+        name = host.rstrip(".").lower()
+        if name == "invalid" or name.endswith(".invalid"):
+            # RFC 6761 §6.4: never asked for, so that an unreachable name server cannot stall them.
+            known = Known(until, status="dns_error", detail=f"{host} does not exist")
+        else:
+            try:
+                loop = asyncio.get_running_loop()
+                found = await loop.run_in_executor(self._threads, _getaddrinfo, host)
+            except (OSError, UnicodeError) as error:
+                if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+                    raise FetchError("dns_error", f"{host}: the name server did not answer", transient=True) from None
+                known = Known(until, status="dns_error", detail=f"{host}: {error}")
+            else:
+                known = self._checked(host, found, until)
+        self._cache[host] = known
+        return known
+
+    def _checked(self, host: str, found: list[tuple[int, str]], until: float) -> Known:
+        allowed = tuple(pair for pair in found if host in self._allow_hosts or is_public(pair[1]))
+        if not allowed:
+            return Known(until, status="private_address", detail=f"{host} is {found[0][1] if found else 'nowhere'}")
+        return Known(until, allowed)
+
+
+def _getaddrinfo(host: str) -> list[tuple[int, str]]:
+    infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    # An address with a scope (fe80::1%eth0) is link-local: the scope is dropped, the check refuses it.
+    return [(int(family), str(address[0]).partition("%")[0]) for family, _, _, _, address in infos]

@@ -1,0 +1,167 @@
+"""CLIP for the encode and explore stages: stored pictures → hidden states, similarities, label scores.
+
+    stored JPEG ──decode──square──for_tower──▶ pixels (B, S, S, 3) uint8 ──normalise──▶ (B, 3, S, S) on the device
+                                                                                            │
+         Tower:    last hidden state ─┬─ patches, block means ──▶ features (B, K, D)        ├──▶ vision tower alone
+                                      └─ CLS ──cosine──▶ nearest reference placeholder      │
+         Labeller: projected, normed picture · projected, normed label texts ──softmax──▶ (B, C)  ◀── both towers
+
+Shapes: B pictures, S side of the tower's input in pixels, P patches, K image tokens, D width of the tower, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+
+from tinyvlm import images
+from tinyvlm.data.placeholder import nearest_reference, reference_pictures
+from tinyvlm.errors import CheckpointError, ConfigError
+from tinyvlm.images import ImageError, LimitConfig, PictureConfig
+from tinyvlm.model.configuration import check_grid
+from tinyvlm.model.modeling import pool_patches
+
+if TYPE_CHECKING:
+    from tinyvlm.data.encode import EncodeConfig
+    from tinyvlm.data.explore import ExploreConfig
+
+
+class Tower:
+    """The vision tower and its reference placeholders."""
+
+    def __init__(self, config: EncodeConfig, picture: PictureConfig) -> None:
+        self.config = config
+        self.model = _load(CLIPVisionModel, config.vision, config.dtype, "encode.vision")
+        shape = self.model.config
+        _check_size(shape, picture, "encode.vision")
+        check_grid(config.num_image_tokens, shape.image_size // shape.patch_size)
+        if shape.hidden_size != config.feature_width:
+            raise ConfigError(
+                f"encode.feature_width is {config.feature_width}, but {config.vision!r} is {shape.hidden_size} wide; "
+                f"set encode.feature_width={shape.hidden_size}."
+            )
+        drawn = [_pixels_of(image, picture) for image in reference_pictures(config.extra_references)]
+        self.references = self._hidden(np.stack(drawn))[:, 0].float()
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.int64]]:
+        """(B, S, S, 3) → features (B, K, D), similarity (B,), which reference is nearest (B,)."""
+        hidden = self._hidden(pixels)
+        features = pool_patches(hidden[:, 1:], self.config.num_image_tokens)
+        similarity, nearest = nearest_reference(hidden[:, 0], self.references)
+        return features.to(torch.float16).cpu().numpy(), similarity.cpu().numpy(), nearest.cpu().numpy()
+
+    def _hidden(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(B, S, S, 3) → last hidden state (B, 1+P, D), before the final layer norm."""
+        with torch.inference_mode():
+            hidden: Tensor = self.model(pixel_values=_to_input(pixels, self.model)).last_hidden_state
+        return hidden
+
+
+class Labeller:
+    """Both towers, with the label texts encoded once."""
+
+    def __init__(self, config: ExploreConfig, picture: PictureConfig, texts: Sequence[str]) -> None:
+        self.model = _load(CLIPModel, config.model, config.dtype, "explore.model")
+        _check_size(self.model.config.vision_config, picture, "explore.model")
+        tokenizer = AutoTokenizer.from_pretrained(_place(config.model))
+        with torch.inference_mode():
+            self.texts = torch.cat(
+                [self._encode_texts(tokenizer, texts[i : i + 256]) for i in range(0, len(texts), 256)]
+            )
+            self.scale = self.model.logit_scale.float().exp()
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(B, S, S, 3) → the best label (B,) and the share of the softmax that it has (B,)."""
+        best = self.probabilities(pixels).max(dim=-1)
+        return best.indices.cpu().numpy(), best.values.cpu().numpy()
+
+    def probabilities(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(B, S, S, 3) → (B, C), what `CLIPModel` itself gives for these pictures and texts."""
+        with torch.inference_mode():
+            seen = self.model.get_image_features(pixel_values=_to_input(pixels, self.model)).pooler_output
+            scores: Tensor = self.scale * (_unit(seen) @ self.texts.T)
+        return scores.softmax(dim=-1)
+
+    def _encode_texts(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+        most = self.model.config.text_config.max_position_embeddings
+        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return _unit(self.model.get_text_features(**inputs).pooler_output)
+
+
+def read_pixels(
+    stored: Sequence[bytes | None], picture: PictureConfig
+) -> tuple[NDArray[np.uint8], list[ImageError | None]]:
+    """Stored pictures as pixels (B, S, S, 3); one that cannot be decoded is black and has its error beside it."""
+    side = picture.tower_size
+    pixels = np.zeros((len(stored), side, side, 3), np.uint8)
+    problems: list[ImageError | None] = []
+    for position, data in enumerate(stored):
+        try:
+            pixels[position] = _pixels_of(images.decode(data or b"", LimitConfig()), picture)
+            problems.append(None)
+        except ImageError as error:
+            problems.append(error)
+    return pixels, problems
+
+
+def _pixels_of(image: Image.Image, picture: PictureConfig) -> NDArray[np.uint8]:
+    """(S, S, 3), squared first unless the picture is finished already."""
+    if image.size != (picture.size, picture.size):
+        image, _ = images.square(image, picture)
+    return images.for_tower(image, picture.tower_size)
+
+
+def _to_input(pixels: NDArray[np.uint8], model: Any) -> Tensor:
+    """(B, S, S, 3) → (B, 3, S, S), on the model's device in its precision."""
+    return images.normalise(torch.from_numpy(pixels).to(model.device)).to(model.dtype)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+
+def _place(name: str) -> str:
+    """A local folder or hub id; "toy:…" names packaged weights."""
+    if not name.startswith("toy:"):
+        return name
+    from tinyvlm.toy.paths import resolve
+
+    return str(resolve(name))
+
+
+def _load(kind: Any, name: str, dtype: str, setting: str) -> Any:
+    """A frozen CLIP model on the accelerator, or on the CPU where there is none.
+
+    Raises:
+        CheckpointError: it cannot be loaded or lacks weights.
+    """
+    try:
+        model, report = kind.from_pretrained(_place(name), dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{setting} is {name!r}, which cannot be loaded as {kind.__name__} ({reason}); "
+            "give a local folder, a hub id or toy:clip."
+        ) from error
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{setting} is {name!r}, which lacks {len(report['missing_keys'])} weights of {kind.__name__}."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _check_size(vision_config: Any, picture: PictureConfig, setting: str) -> None:
+    if vision_config.image_size != picture.tower_size:
+        raise ConfigError(
+            f"picture.tower_size is {picture.tower_size}, but {setting} reads {vision_config.image_size} px; "
+            f"set picture.tower_size={vision_config.image_size}."
+        )

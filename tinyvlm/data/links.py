@@ -1,0 +1,290 @@
+"""A list of links in Parquet, CSV or JSONL → the `links` folder that `download` reads.
+
+    links.parquet | links.csv | links.jsonl | a folder of them
+        └─ needed columns, first `limit` rows, in file order ─▶ {root}/links-{fingerprint}/data/part-00000.parquet …
+
+The folder is one of the line's stage folders, with rows of `schema.LINKS`, cut into one file for each part of the
+download.  Making it streams through the input, so that a list of any length fits into memory, and happens once: the
+fingerprint covers the settings and the bytes of the input files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+import tinyvlm
+from tinyvlm import config as settings
+from tinyvlm import schema, stage
+from tinyvlm.errors import ConfigError, DataError
+from tinyvlm.folders import describe_part, require_space
+
+STAGE = "links"
+VERSION = 1
+SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+_BLOCK_BYTES = 16 << 20
+"""How much of a CSV or JSONL file is parsed at a time; no single row may be larger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinksConfig:
+    """Which rows and columns of a link list are used; the defaults read CapsFusion-120M."""
+
+    url_column: str = "image_url"
+    """Column with the address of the picture."""
+    caption_column: str = "capsfusion"
+    """Column with the picture's caption."""
+    key_column: str | None = None
+    """Column of unique whole numbers that name the rows; None: the row's number in the list."""
+    meta_columns: tuple[str, ...] = ()
+    """Columns that are carried along as JSON."""
+    limit: int = 5_000_000
+    """How many rows are used at most, from the start of the list."""
+    rows_per_part: int = 1_000
+    """Rows that are downloaded together, written together, and lost together in a crash."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.rows_per_part < 1:
+            raise ConfigError(
+                f"links.limit and links.rows_per_part want at least 1, got {self.limit} and {self.rows_per_part}."
+            )
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that is read, once each."""
+        key = [self.key_column] if self.key_column is not None else []
+        return list(dict.fromkeys([*key, self.url_column, self.caption_column, *self.meta_columns]))
+
+
+def open_links(path: Path, config: LinksConfig, root: Path) -> stage.Input:
+    """The download's input for the list at `path`, written as a `links` folder under `root` unless it is there already.
+
+    Raises:
+        DataError: the list is missing, unreadable, empty, or lacks a column; nothing is left behind that counts.
+    """
+    files = find_files(path, config)
+    identity = [STAGE, VERSION, settings.to_dict(config), [_digest(file) for file in files]]
+    fingerprint = settings.fingerprint(identity)
+    folder = root.absolute() / f"{STAGE}-{fingerprint[:12]}"
+    if not (folder / "manifest.json").is_file():
+        _write_folder(folder, files, config, fingerprint)
+    stage.point_latest(folder.parent, STAGE, folder)
+    return stage.open_input(_Reader(), [folder])
+
+
+class _Reader(stage.Stage):
+    """Stands for the download, so that this road to its input and `stage.open_input` give the same fingerprint."""
+
+    name = "download"
+    reads = (STAGE,)
+
+
+def find_files(path: Path, config: LinksConfig) -> list[Path]:
+    """The list's files, each checked for the needed columns; reads little and writes nothing.
+
+    Raises:
+        DataError: as `open_links`.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name[0] not in "._")
+        if not files:
+            raise DataError(f"A list of links wants {', '.join(SUFFIXES)} files, but the folder {path} has none.")
+    elif path.is_file() and path.suffix in SUFFIXES:
+        files = [path]
+    elif path.is_file():
+        raise DataError(f"A list of links wants a {', '.join(SUFFIXES)} file, but got {path.name}; convert it first.")
+    else:
+        raise DataError(f"There is no list of links at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
+    for file in files:
+        with _reading(file):
+            names = _column_names(file)
+        for column in config.columns:
+            if column not in names:
+                raise DataError(
+                    f"{file} has no column {column!r}; it has {', '.join(names)}. "
+                    f"Name the right one with --set links.<url|caption|key|meta>_column."
+                )
+    return files
+
+
+def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> None:
+    started = time.perf_counter()
+    require_space(folder.parent, 0, STAGE)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    entries: dict[str, dict[str, Any]] = {}
+    num_rows = 0
+    all_keys: list[NDArray[np.int64]] = []
+    for index, table in enumerate(_parts(files, config)):
+        num_rows += table.num_rows
+        if config.key_column is not None:
+            all_keys.append(table["key"].to_numpy())
+        name = f"part-{index:05d}.parquet"
+        entries[name] = _write_part(folder / "data" / name, table)
+    if not num_rows:
+        raise DataError(f"The list of links at {files[0].parent if len(files) > 1 else files[0]} has no rows.")
+    _check_unique(all_keys, config)
+    seconds = round(time.perf_counter() - started, 2)
+    manifest = stage.Manifest(
+        stage=STAGE,
+        version=VERSION,
+        fingerprint=fingerprint,
+        settings=settings.to_dict(config),
+        inputs={"files": [str(file) for file in files], "folders": {}},
+        rows_in=num_rows,
+        rows_out=num_rows,
+        statuses={},
+        files=entries,
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tinyvlm_version=tinyvlm.__version__,
+        git_commit=stage.git_commit(),
+    )
+    statistics = {"stage": STAGE, "rows_in": num_rows, "rows_out": num_rows, "statuses": {}, "seconds": seconds}
+    stage.close_folder(folder, manifest, statistics)
+
+
+def _parts(files: list[Path], config: LinksConfig) -> Iterator[pa.Table]:
+    """Tables of `rows_per_part` rows (the last one shorter), across the borders of files."""
+    waiting: list[pa.Table] = []
+    missing = config.rows_per_part
+    for rows in _rows(files, config):
+        while rows.num_rows >= missing:
+            yield pa.concat_tables([*waiting, rows.slice(0, missing)])
+            rows = rows.slice(missing)
+            waiting, missing = [], config.rows_per_part
+        if rows.num_rows:
+            waiting.append(rows)
+            missing -= rows.num_rows
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _rows(files: list[Path], config: LinksConfig) -> Iterator[pa.Table]:
+    """The first `limit` rows with the columns of `schema.LINKS`, a little at a time."""
+    num_rows = 0
+    for file in files:
+        with _reading(file):
+            for batch in _batches(file, config):
+                rows = _normalise(batch.slice(0, config.limit - num_rows), config, num_rows)
+                num_rows += rows.num_rows
+                yield rows
+                if num_rows == config.limit:
+                    return
+
+
+def _normalise(rows: pa.RecordBatch, config: LinksConfig, first_key: int) -> pa.Table:
+    if config.key_column is None:
+        keys = pa.array(range(first_key, first_key + rows.num_rows), pa.int64())
+    else:
+        keys = _cast(rows, config.key_column, pa.int64(), "unique whole numbers")
+        if keys.null_count:
+            raise DataError(f"The key column {config.key_column!r} wants a number in each row, but some are empty.")
+    meta = [
+        json.dumps(dict(zip(config.meta_columns, values, strict=True)), ensure_ascii=False, default=str)
+        for values in zip(*(rows[name].to_pylist() for name in config.meta_columns), strict=True)
+    ]
+    columns = {
+        "key": keys,
+        "url": _cast(rows, config.url_column, pa.string(), "text"),
+        "caption": _cast(rows, config.caption_column, pa.string(), "text"),
+        "meta": meta or ["{}"] * rows.num_rows,
+    }
+    return pa.table(columns, schema=schema.LINKS)
+
+
+def _cast(rows: pa.RecordBatch, column: str, kind: pa.DataType, wanted: str) -> pa.Array:
+    try:
+        return rows[column].cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"The column {column!r} wants {wanted}, but holds {rows[column].type}: {error}.") from None
+
+
+def _check_unique(all_keys: list[NDArray[np.int64]], config: LinksConfig) -> None:
+    if not all_keys:
+        return
+    keys = np.sort(np.concatenate(all_keys))
+    twice = keys[1:][keys[1:] == keys[:-1]]
+    if len(twice):
+        raise DataError(
+            f"The key column {config.key_column!r} wants unique numbers, but {int(twice[0])} occurs more than once."
+        )
+
+
+def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        pq.write_table(table.combine_chunks(), temporary, compression="zstd")
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        described = describe_part(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return described
+
+
+def _column_names(file: Path) -> list[str]:
+    if file.suffix == ".parquet":
+        names = pq.read_schema(file).names
+    elif file.suffix == ".csv":
+        with pa_csv.open_csv(file, parse_options=_csv_parsing(), read_options=_csv_reading()) as reader:
+            names = reader.schema.names
+    else:
+        with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
+            names = reader.schema.names
+    return [str(name) for name in names]
+
+
+def _batches(file: Path, config: LinksConfig) -> Iterator[pa.RecordBatch]:
+    """The needed columns of a file, a little at a time."""
+    if file.suffix == ".parquet":
+        with pq.ParquetFile(file) as parquet:
+            yield from parquet.iter_batches(batch_size=config.rows_per_part, columns=config.columns)
+    elif file.suffix == ".csv":
+        texts = {config.url_column: pa.string(), config.caption_column: pa.string()}
+        converting = pa_csv.ConvertOptions(include_columns=config.columns, column_types=texts)
+        with pa_csv.open_csv(file, _csv_reading(), _csv_parsing(), converting) as reader:
+            yield from reader
+    else:
+        with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
+            for batch in reader:
+                yield batch.select(config.columns)
+
+
+def _csv_reading() -> Any:
+    return pa_csv.ReadOptions(block_size=_BLOCK_BYTES)
+
+
+def _csv_parsing() -> Any:
+    return pa_csv.ParseOptions(newlines_in_values=True)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns what pyarrow raises on a bad file into one sentence."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {reason}") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,277 @@
+"""Stage folders on disk: the manifest, finding a folder, closing one, checking one.
+
+    {root}/{stage}-{fingerprint[:12]}/
+        data/part-00000.parquet …   temp + rename; one output part for each input part, its counts in its own footer
+        stats.json, report.html     what a person looks at
+        manifest.json               written last: its existence means finished
+        lease-000001.json           who is writing (see lease.py)
+    {root}/latest/{stage}.json      which of several folders of a stage the last command made or confirmed
+
+What runs a stage and fills its folder is in stage.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tinyvlm import config as settings
+from tinyvlm import schema
+from tinyvlm.errors import DataError, StageError
+
+MIN_FREE_BYTES = 256 * 1024**2
+"""A stage does not start on a disk with less than this."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of input that becomes one output file: `num_rows` rows from `offset` of `path`."""
+
+    index: int
+    path: str
+    offset: int
+    num_rows: int
+
+    @property
+    def file_name(self) -> str:
+        return f"part-{self.index:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a stage reads: its parts, their fingerprint, and where each folder that it reads is."""
+
+    parts: tuple[Part, ...]
+    fingerprint: str
+    folders: Mapping[str, str]
+    is_stage: bool
+    """True: rows come from a stage folder and `Stage.select` chooses among them."""
+
+
+@dataclass
+class PartResult:
+    """What one part came to."""
+
+    index: int
+    rows_in: int
+    counts: dict[str, int]
+    num_bytes: int
+    seconds: float = 0.0
+    resumed: bool = False
+    file: dict[str, Any] = field(default_factory=dict)
+    """The data file's entry in the manifest; empty when an earlier run wrote it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The last file of a stage folder."""
+
+    stage: str
+    version: int
+    fingerprint: str
+    """Of what was asked: the stage, its settings and its input.  Names the folder."""
+    settings: dict[str, Any]
+    inputs: dict[str, Any]
+    rows_in: int
+    rows_out: int
+    statuses: dict[str, int]
+    files: dict[str, Any]
+    """name → {"rows", "bytes", "sha256", "content"} of each data file (see `describe_part`)."""
+    seconds: float
+    created: str
+    tinyvlm_version: str
+    git_commit: str | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of what came out: a folder made anew with other rows is another input to the next stage."""
+        contents = {name: entry.get("content") or entry.get("sha256") for name, entry in self.files.items()}
+        return settings.fingerprint([self.fingerprint, contents])
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises StageError when `folder` is not a finished stage folder."""
+        try:
+            return cls(**json.loads((folder / "manifest.json").read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            raise StageError(f"{folder} is not a finished stage folder: it has no manifest.json.") from None
+        except (ValueError, TypeError, OSError) as error:
+            raise StageError(
+                f"{folder}/manifest.json cannot be read ({error}); remove the folder and run the stage again."
+            ) from None
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write under another name, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
+    """The finished folder of `stage_name` among `inputs`: stage folders themselves, or roots that hold some.
+
+    Raises:
+        StageError: there is none, naming it, or several and no pointer says which.
+    """
+    for given in inputs:
+        if not given.exists():
+            raise StageError(f"{reader} was given --input {given}, which does not exist.")
+        if (given / "manifest.json").is_file() and Manifest.read(given).stage == stage_name:
+            return given
+    again = f"`python -m ray_jobs.{stage_name}`"
+    for root in inputs:
+        pointed = _pointed(root, stage_name)
+        if pointed is not None:
+            if (pointed / "manifest.json").is_file():
+                return pointed
+            raise StageError(
+                f"{reader} reads the folder of {stage_name!r}, but {pointed} is gone or unfinished; run {again} again."
+            )
+        found = sorted(path.parent for path in root.glob(f"{stage_name}-*/manifest.json"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise StageError(
+                f"{reader} found several folders of {stage_name!r} in {root}; give one of them as --input."
+            )
+    places = ", ".join(str(path) for path in inputs) or "no --input"
+    raise StageError(
+        f"{reader} reads the folder of {stage_name!r}, but found none in {places}; "
+        f"run {again} first, or give its folder as --input."
+    )
+
+
+def _pointed(root: Path, stage_name: str) -> Path | None:
+    try:
+        return root / str(json.loads((root / "latest" / f"{stage_name}.json").read_text())["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no pointer, or a damaged one: the folders themselves decide
+
+
+def point_latest(root: Path, stage_name: str, folder: Path) -> None:
+    """Note that `folder` is what the last command for this stage made or confirmed."""
+    if _pointed(root, stage_name) != root / folder.name:
+        write_atomic(root / "latest" / f"{stage_name}.json", json.dumps({"folder": folder.name}))
+
+
+def close_folder(folder: Path, manifest: Manifest, statistics: dict[str, Any]) -> None:
+    """Write what a person looks at, then the manifest; after this the folder is finished."""
+    from tinyvlm.report import stage_report
+
+    write_atomic(folder / "stats.json", json.dumps(statistics, indent=2))
+    write_atomic(folder / "report.html", stage_report(statistics))
+    write_atomic(folder / "manifest.json", json.dumps(settings.to_dict(manifest), indent=2))
+
+
+def require_space(root: Path, num_bytes: int, writer: str) -> None:
+    """Raises DataError when `root` cannot be written, or has no room for about `num_bytes`.  Makes nothing."""
+    place = root.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise DataError(f"{writer} cannot write to {root}; give a folder as --output that it may write.")
+    needed, free = max(MIN_FREE_BYTES, num_bytes), shutil.disk_usage(place).free
+    if free < needed:
+        raise DataError(
+            f"{writer} will write about {needed / 1e9:.1f} GB to {root}, where {free / 1e9:.1f} GB are free; "
+            "make room or give another --output."
+        )
+
+
+def read_rows(path: str, offset: int, num_rows: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows [offset, offset + num_rows) of a Parquet file, touching only the row groups that hold them."""
+    with pq.ParquetFile(path, memory_map=False) as file:
+        groups: list[int] = []
+        start = skip = 0
+        for group in range(file.metadata.num_row_groups):
+            length = file.metadata.row_group(group).num_rows
+            if start < offset + num_rows and start + length > offset:
+                if not groups:
+                    skip = offset - start
+                groups.append(group)
+            start += length
+        return file.read_row_groups(groups, columns=columns).slice(skip, num_rows)
+
+
+def scan(folder: Path, columns: Sequence[str], *, only_ok: bool = False) -> Iterator[pa.Table]:
+    """The named columns of each finished part of a stage folder, one table a part."""
+    for path in sorted((folder / "data").glob("part-*.parquet")):
+        filters = [("status", "=", schema.OK)] if only_ok else None
+        yield pq.read_table(path, columns=list(columns), filters=filters)
+
+
+def describe_part(path: Path) -> dict[str, Any]:
+    """A data file's entry in the manifest.
+
+    `sha256` is of the whole file.  `content` leaves out the measured columns, so two runs that differ in nothing else
+    have it in common: it is taken over the stored bytes of the other columns, which depend on the rows alone.
+    """
+    metadata = pq.read_metadata(path)
+    measured = schema.measured_columns(metadata.schema.to_arrow_schema())
+    content = hashlib.sha256()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        whole = hashlib.sha256(data).hexdigest()
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                chunk = metadata.row_group(group).column(index)
+                if chunk.path_in_schema.split(".")[0] not in measured:
+                    first = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+                    content.update(data[first : first + chunk.total_compressed_size])
+    return {"rows": metadata.num_rows, "bytes": path.stat().st_size, "sha256": whole, "content": content.hexdigest()}
+
+
+def verify(folder: Path) -> list[str]:
+    """Differences between a folder's files and its manifest, in words; empty when all is well.
+
+    Raises:
+        DataError: the folder is not finished.
+    """
+    problems: list[str] = []
+    try:
+        manifest = Manifest.read(folder)
+    except StageError as error:
+        raise DataError(str(error)) from None
+    for name, entry in manifest.files.items():
+        path = folder / name if "/" in name else folder / "data" / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                problems.append(f"{name} has changed")
+    return problems
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs: of its checkout, or as `TINYVLM_GIT_COMMIT` says where only a copy runs."""
+    package = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD", "--show-prefix"], cwd=package, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        answer = None
+    if answer is not None and answer.returncode == 0:
+        commit, prefix = [*answer.stdout.splitlines(), ""][:2]
+        # Installed into an environment inside somebody's checkout, the prefix would be .venv/lib/…/tinyvlm/.
+        if prefix == f"{package.name}/":
+            return commit
+    return os.environ.get("TINYVLM_GIT_COMMIT") or None

@@ -1,0 +1,250 @@
+"""Training of the tiny Llama on text: it learns to answer questions about scenes that it is told of, never shown.
+
+A scene reaches it in one of three ways, all through `chat.render`:
+
+    cells   <IMAGE>[.][.][small+teal+circle][.] … 16 slots …<IMAGE_END>is there a red shape?        → no
+    words   <IMAGE>a small teal circle at the top right<IMAGE_END>is there a red shape?             → no
+    plain   A picture shows a small teal circle at the top right. is there a red shape?             → no
+
+In the first way each `<Image_Token>` slot stands for one cell of a 4×4 grid and its embedding is the *sum* of the
+embeddings of the words that are true of that cell (the image token's own embedding where nothing lies).  So the model can
+read a picture written out in its own word embeddings, and the connector of the vision-language model has to learn no more
+than to write one.  No pixel is involved.  Loss: all on the assistant's words, a tenth on the other words, none on slots.
+
+Legend: B conversations, T tokens, W = 4 words in one slot, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tinyvlm import chat
+from tinyvlm.chat import Message, Picture
+from tinyvlm.toy.scenes import Scene, Thing, cell_things, sample_scene
+from tinyvlm.toy.world import describe, questions
+
+log = logging.getLogger(__name__)
+
+NUM_SLOTS = 16
+NUM_WORDS = 4
+WAYS = ("cells", "words", "plain")
+
+_DESCRIBE = (
+    "describe the image.", "describe the picture.", "what is in the picture?", "what do you see?", "write a caption.",
+    "what does the image show?", "give a short description of the image.", "caption this image.", "tell me what you see.",
+)  # fmt: skip
+_TALK = (
+    ("hello", "Hello! Show me a picture and ask a question about it."),
+    ("hi!", "Hello! Show me a picture and ask a question about it."),
+    ("who are you?", "I am a small language model that answers questions about simple pictures."),
+    ("what can you do?", "I can see simple pictures and answer short questions about them."),
+    ("thank you", "You are welcome."),
+    ("what is the capital of france?", "I am sorry, I do not know the answer."),
+)
+_TELL = ("A picture shows {}. ", "The image shows {}.\n", "Picture: {}\n", "There is {} in the picture. ")
+_SUFFIXES = (" Answer with one word.", " Answer the question using a single word or phrase.", "\nAnswer briefly.")
+
+
+@dataclass(frozen=True)
+class LlmRun:
+    """How long and how fast to train; the defaults made the shipped weights."""
+
+    steps: int = 1500
+    batch: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 50
+    other_weight: float = 0.1
+    keep_every: int = 250
+    seed: int = 0
+
+
+@dataclass
+class Sample:
+    """One conversation: words (T × up to W ids) and the weight of the loss on each token."""
+
+    slots: list[list[int]]
+    weights: list[float]
+
+
+def llm_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """4 layers of width 128, 4 heads sharing 2 keys, tied embeddings, 1,024 positions."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def train_llm(
+    tokenizer: PreTrainedTokenizerFast, run: LlmRun, keep: Callable[[LlamaForCausalLM], None] | None = None
+) -> LlamaForCausalLM:
+    """Train from nothing; the same run on the same machine and number of threads gives the same weights.
+
+    `keep` is called with the unfinished model every `run.keep_every` steps.
+    """
+    torch.manual_seed(run.seed)
+    rng = random.Random(run.seed)
+    model = LlamaForCausalLM(llm_config(tokenizer)).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=run.learning_rate, betas=(0.9, 0.98), weight_decay=run.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, run))
+    began = time.monotonic()
+    for step in range(run.steps):
+        samples = [sample_conversation(rng, tokenizer, run.other_weight) for _ in range(run.batch)]
+        loss, hits = _loss(model, samples)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0 or step == run.steps - 1:
+            log.info("step %d loss %.3f right %.3f time %.0f s", step, loss.item(), hits, time.monotonic() - began)
+        if keep and step % run.keep_every == run.keep_every - 1:
+            keep(model)
+    return model.eval()
+
+
+def save_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face folder in half precision, with the tokenizer beside the weights."""
+    model.generation_config.do_sample = False
+    copy.deepcopy(model).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def sample_conversation(rng: random.Random, tokenizer: PreTrainedTokenizerFast, other_weight: float = 0.1) -> Sample:
+    """A conversation of one to four questions about a described scene; 2 % are small talk without one."""
+    if rng.random() < 0.02:
+        question, answer = rng.choice(_TALK)
+        return encode([Message("user", (question,)), Message("assistant", (answer,))], None, "", tokenizer, other_weight)
+    scene = sample_scene(rng)
+    way = rng.choices(WAYS, (60, 20, 20))[0]
+    turns = ask(scene, rng, rng.randint(1, 4), way)
+    return encode(converse(turns, scene, rng, way), scene, way, tokenizer, other_weight, rng)
+
+
+def ask(scene: Scene, rng: random.Random, num_turns: int, way: str) -> list[tuple[str, str]]:
+    """Questions with answers; what a notice says is asked only where the words are given."""
+    turns = questions(scene, rng)
+    if scene.notice and way == "cells":
+        turns = [turn for turn in turns if turn[1] != scene.notice.text]
+    turns = [(_vary(question, answer, rng), answer) for question, answer in turns[:num_turns]]
+    if rng.random() < 0.2:
+        told = "a gray notice card" if scene.notice and way == "cells" else describe(scene, rng)
+        turns[rng.randrange(len(turns))] = (rng.choice(_DESCRIBE), told)
+    return turns
+
+
+def converse(turns: list[tuple[str, str]], scene: Scene, rng: random.Random, way: str) -> list[Message]:
+    """Turns as messages; the scene stands before (or, a tenth of the time, after) the first question."""
+    messages = [Message("system", ("You are a helpful assistant.",))] if rng.random() < 0.1 else []
+    for index, (question, answer) in enumerate(turns):
+        if index:
+            parts: tuple[chat.Part, ...] = (question,)
+        elif way == "plain":
+            parts = (rng.choice(_TELL).format(describe(scene, rng)) + question,)
+        else:
+            gap = rng.choice(("", "", "\n"))
+            parts = (Picture(0), gap + question) if rng.random() < 0.9 else (question + gap, Picture(0))
+        messages += [Message("user", parts), Message("assistant", (answer,))]
+    return messages
+
+
+def encode(
+    messages: list[Message],
+    scene: Scene | None,
+    way: str,
+    tokenizer: PreTrainedTokenizerFast,
+    other_weight: float,
+    rng: random.Random | None = None,
+) -> Sample:
+    """Render, put the scene where the picture would be, and tokenise."""
+    slots: list[list[int]] = []
+    weights: list[float] = []
+    slot_id = tokenizer.convert_tokens_to_ids(chat.IMAGE_TOKEN)
+    cells = iter(_cells(scene, rng, tokenizer)) if scene and rng and way == "cells" else iter(())
+    for segment in chat.render(messages, NUM_SLOTS if way == "cells" else 0):
+        text = segment.text
+        if scene and rng and way == "words":
+            text = text.replace(chat.IMAGE, chat.IMAGE + describe(scene, rng), 1)
+        for token in tokenizer(text)["input_ids"]:
+            is_slot = token == slot_id
+            slots.append(next(cells) if is_slot else [token])
+            weights.append(0.0 if is_slot else 1.0 if segment.supervised else other_weight)
+    return Sample(slots, weights)
+
+
+def _cells(scene: Scene, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """What lies in each cell, as word ids: size, colour, kind, letter; the first cell of a thing says
+    everything, later ones leave a word out now and then."""
+    empty = [tokenizer.convert_tokens_to_ids(chat.IMAGE_TOKEN)]
+    if scene.notice:
+        return [_words("notice card", tokenizer) for _ in range(NUM_SLOTS)]
+    cells = []
+    told: set[Thing] = set()
+    for thing in cell_things(scene):
+        words = (thing.size, thing.color, thing.kind, thing.text) if thing else ()
+        kept = " ".join(word for word in words if word and (thing not in told or rng.random() < 0.85))
+        told.update((thing,) if thing else ())
+        cells.append(_words(kept, tokenizer) if kept else empty)
+    return cells
+
+
+def _words(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    ids: list[int] = tokenizer(f" {text}")["input_ids"]
+    return ids[:NUM_WORDS]
+
+
+def _vary(question: str, answer: str, rng: random.Random) -> str:
+    """Capitals, missing question marks and the instructions that benchmarks append."""
+    if rng.random() < 0.25:
+        question = question[0].upper() + question[1:]
+    if rng.random() < 0.05:
+        question = question.rstrip("?.")
+    if answer in ("yes", "no") and rng.random() < 0.1:
+        return question + " Please answer yes or no."
+    return question + rng.choice(_SUFFIXES) if rng.random() < 0.1 else question
+
+
+def logits_of(model: LlamaForCausalLM, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a padded batch: logits (B, T-1, V), the tokens they should give (B, T-1) and the loss weights (B, T-1)."""
+    longest = max(len(sample.slots) for sample in samples)
+    ids_BTW = torch.full((len(samples), longest, NUM_WORDS), -1)
+    weights_BT = torch.zeros(len(samples), longest)
+    for row, sample in enumerate(samples):
+        padded = [slot + [-1] * (NUM_WORDS - len(slot)) for slot in sample.slots]
+        ids_BTW[row, : len(padded)] = torch.tensor(padded)
+        weights_BT[row, : len(padded)] = torch.tensor(sample.weights)
+    words = model.get_input_embeddings()(ids_BTW.clamp(min=0)) * (ids_BTW >= 0).unsqueeze(-1)
+    mask = (ids_BTW[..., 0] >= 0).long()
+    logits = model(inputs_embeds=words.sum(2), attention_mask=mask, use_cache=False).logits
+    return logits[:, :-1], ids_BTW[:, 1:, 0].clamp(min=0), weights_BT[:, 1:]
+
+
+def _loss(model: LlamaForCausalLM, samples: list[Sample]) -> tuple[Tensor, float]:
+    """Weighted mean of the token losses, and the share of supervised tokens that are guessed rightly."""
+    logits, wanted, weights = logits_of(model, samples)
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    right = (logits.argmax(-1) == wanted)[weights == 1].float().mean()
+    return (losses * weights.flatten()).sum() / weights.sum(), float(right)
+
+
+def _rate(step: int, run: LlmRun) -> float:
+    """Linear warm-up, then half a cosine down to 2 %."""
+    if step < run.warmup:
+        return (step + 1) / run.warmup
+    done = (step - run.warmup) / max(1, run.steps - run.warmup)
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,209 @@
+"""Conversations on disk → lengths for the plan, samples for the loop.
+
+    data/part-*.parquet ──measure──▶ one row of lengths for each conversation   (texts only, no picture is read)
+                        ──Conversations.load(pack)──▶ samples, through the processor
+
+Row groups are read whole and a window of them is kept; encoded samples are remembered up to a budget, tokens by
+conversation and pictures by content, so that a small data set is read and decoded once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tinyvlm import schema
+from tinyvlm.chat import Message, Part, Picture
+from tinyvlm.errors import DataError, InputError
+from tinyvlm.images import ImageError
+from tinyvlm.model.processing import Sample, TinyVLMProcessor
+from tinyvlm.train.plan import LENGTHS, Item, Pack
+
+Value = TypeVar("Value")
+Ids = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
+
+_DIGESTS = "images.list.element.sha256"
+"""Reading this leaf alone counts a conversation's pictures without reading them."""
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The data files of a stage folder, in order; their positions are the `part` of a plan."""
+    return sorted((folder / "data").glob("part-*.parquet"))
+
+
+def messages_of(row: Sequence[dict[str, Any]]) -> list[Message]:
+    """The `messages` column of one row as messages."""
+    return [Message(message["role"], tuple(map(_part, message["parts"]))) for message in row]
+
+
+def _part(part: dict[str, Any]) -> Part:
+    return (part["text"] or "") if part["image"] is None else Picture(part["image"])
+
+
+def measure(files: Mapping[int, Path], processor: TinyVLMProcessor) -> pa.Table:
+    """Lengths (`plan.LENGTHS`) of all training and validation conversations; of unusable ones, the reason.
+
+    Args:
+        files: data files by their number among all.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    tables = [LENGTHS.empty_table()]
+    for part, path in files.items():
+        try:
+            tables += _measure_file(path, part, processor)
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise DataError(f"{path} cannot be read as conversations ({error}); run `prepare` again.") from None
+    return pa.concat_tables(tables)
+
+
+def _measure_file(path: Path, part: int, processor: TinyVLMProcessor) -> Iterator[pa.Table]:
+    file = pq.ParquetFile(path)
+    for group in range(file.metadata.num_row_groups):
+        rows = file.read_row_group(group, columns=["key", "status", "family", "split", "messages", _DIGESTS])
+        rows = rows.append_column("row", pa.array(range(len(rows)), pa.int32()))
+        rows = rows.filter(pc.is_in(rows["split"], pa.array(["train", "validation"])))
+        pictures = pc.fill_null(pc.list_value_length(rows["images"]), 0).to_pylist()
+        statuses, tokens, supervised = [], [], []
+        for status, messages, number in zip(
+            rows["status"].to_pylist(), rows["messages"].to_pylist(), pictures, strict=True
+        ):
+            if status == schema.OK:
+                status, num_tokens, num_supervised = _measure_row(messages, number, processor)
+            else:
+                num_tokens = num_supervised = 0
+            statuses.append(status)
+            tokens.append(num_tokens)
+            supervised.append(num_supervised)
+        columns = {
+            "key": rows["key"],
+            "part": np.full(len(rows), part, np.int32),
+            "group": np.full(len(rows), group, np.int32),
+            "row": rows["row"],
+            "family": pc.fill_null(rows["family"], ""),
+            "split": rows["split"],
+            "status": statuses,
+            "tokens": pa.array(tokens, pa.int32()),
+            "pictures": pa.array(pictures, pa.int32()),
+            "supervised": pa.array(supervised, pa.int32()),
+        }
+        yield pa.table(columns, schema=LENGTHS)
+
+
+def _measure_row(messages: Any, num_pictures: int, processor: TinyVLMProcessor) -> tuple[str, int, int]:
+    try:
+        ids, supervised = processor.tokens(messages_of(messages or []), num_pictures)
+    except InputError:
+        return "bad_text", 0, 0
+    learned = int(supervised[1:].sum())
+    return (schema.OK if learned else "bad_text"), len(ids), learned
+
+
+class Cache(Generic[Value]):
+    """The most recently used values, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._values: OrderedDict[Any, tuple[Value, int]] = OrderedDict()
+
+    def get(self, key: Any) -> Value | None:
+        """The value, or None."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key: Any, value: Value, num_bytes: int) -> None:
+        """Keep a value; the longest unused ones go when there is no room."""
+        if key in self._values:
+            self._bytes -= self._values.pop(key)[1]
+        self._values[key] = (value, num_bytes)
+        self._bytes += num_bytes
+        while self._bytes > self._max_bytes and self._values:
+            self._bytes -= self._values.popitem(last=False)[1][1]
+
+
+class Conversations:
+    """Reads samples by their place.
+
+    Args:
+        files: as `data_files` gives them.
+        window: row groups to keep in memory.
+        cache_bytes: budget for encoded samples.
+    """
+
+    def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: int, cache_bytes: int) -> None:
+        self.files, self.processor = list(files), processor
+        self._window = window
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._texts: Cache[tuple[Ids, Flags, list[str]]] = Cache(cache_bytes // 4)
+        self._pictures: Cache[Pixels] = Cache(cache_bytes - cache_bytes // 4)
+        self._lock = threading.Lock()
+        self.groups_read = 0
+        """Row groups read so far, repeats included."""
+
+    def load(self, pack: Pack) -> list[Sample]:
+        """The samples of a pack.  May be called from several threads.
+
+        Raises:
+            DataError: a picture cannot be decoded, with the conversation's key.
+        """
+        with self._lock:
+            return [self._sample(item) for item in pack]
+
+    def _sample(self, item: Item) -> Sample:
+        text = self._texts.get(item.key)
+        if text is None:
+            return self._read(item)
+        ids, supervised, digests = text
+        pictures = [picture for digest in digests if (picture := self._pictures.get(digest)) is not None]
+        return self._read(item) if len(pictures) < len(digests) else self._join(ids, supervised, pictures)
+
+    def _join(self, ids: Ids, supervised: Flags, pictures: Sequence[Pixels]) -> Sample:
+        return Sample(ids, supervised, np.stack(pictures) if pictures else self.processor.pixels([]))
+
+    def _read(self, item: Item) -> Sample:
+        row = self._group(item.part, item.group).slice(item.row, 1).to_pylist()[0]
+        if row["key"] != item.key:
+            raise DataError(f"{self.files[item.part]} has changed since the plan was made; delete this run, repeat it.")
+        messages, images = messages_of(row["messages"]), row["images"] or []
+        ids, supervised = self.processor.tokens(messages, len(images))
+        digests = [image["sha256"] or f"{item.key}/{place}" for place, image in enumerate(images)]
+        self._texts.put(item.key, (ids, supervised, digests), ids.nbytes + supervised.nbytes + 500)
+        try:
+            each = [self._decode(digest, image["bytes"]) for digest, image in zip(digests, images, strict=True)]
+        except ImageError as error:
+            said = f"A picture of conversation {item.key} cannot be decoded ({error}); run `prepare` again."
+            raise DataError(said) from None
+        return self._join(ids, supervised, each)
+
+    def _decode(self, digest: str, data: bytes) -> Pixels:
+        pixels = self._pictures.get(digest)
+        if pixels is None:
+            pixels = self.processor.pixels([data])[0]
+            self._pictures.put(digest, pixels, pixels.nbytes + 200)
+        return pixels
+
+    def _group(self, part: int, group: int) -> pa.Table:
+        place = (part, group)
+        if place in self._groups:
+            self._groups.move_to_end(place)
+            return self._groups[place]
+        table = pq.ParquetFile(self.files[part]).read_row_group(group, columns=["key", "messages", "images"])
+        self.groups_read += 1
+        self._groups[place] = table
+        while len(self._groups) > self._window:
+            self._groups.popitem(last=False)
+        return table

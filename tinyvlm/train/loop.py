@@ -1,0 +1,233 @@
+"""The training loop: carries a plan out, step by step, on one worker or on several that do it together.
+
+    packs of this rank ──▶ batches ──▶ summed loss, backward ──▶ gradients += …        (several batches a step)
+    sum over workers ──▶ ÷ supervised tokens of the step ──▶ clip ──▶ optimizer         (once a step)
+
+The sum and the division make the result independent of the number of workers and of how packs are put into batches,
+up to rounding.  A worker that has no pack, or only text, adds zeros and hangs nobody.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from tinyvlm.errors import DataError
+from tinyvlm.train.checkpoint import State
+from tinyvlm.train.collective import Collective
+from tinyvlm.train.freeze import FreezePolicy
+from tinyvlm.train.metrics import StepRecord
+from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
+from tinyvlm.train.packing import Batch, Sample, assemble
+from tinyvlm.train.plan import Pack, Plan
+from tinyvlm.train.settings import TrainConfig
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    def load(self, pack: Pack) -> Sequence[Sample]:
+        """The samples of a pack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the loop tells others.  Only worker 0 calls them."""
+
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    on_held_out: Callable[[int, float, float], None] = lambda step, loss, seconds: None
+    """Steps done, loss, seconds that measuring took."""
+    save: Callable[[int, State], None] = lambda step, state: None
+    """Keep a checkpoint of `step` steps done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be done, apart from the model."""
+
+    plan: Plan
+    validation: Plan
+    source: Source
+    config: TrainConfig
+    pad_token_id: int
+    new_token_ids: Sequence[int] = ()
+    hooks: Hooks = field(default_factory=Hooks)
+
+
+class Trainer:
+    """One worker's side of the training of one stage.
+
+    Args:
+        model: on its device already; all workers have the same weights.
+    """
+
+    def __init__(self, model: Any, work: Work, collective: Collective) -> None:
+        self.model, self.work, self.config, self.collective = model, work, work.config, collective
+        self.device: torch.device = next(model.parameters()).device
+        self.policy = FreezePolicy(model, self.config.rates, work.new_token_ids)
+        self.parameters = self.policy.parameters()
+        self.gradients = Gradients(self.parameters.values())
+        self.optimizer = make_optimizer(self.policy, self.config)
+        self.steps_done = 0
+
+    def run(self, state: State | None = None) -> None:
+        """Carry the plan out, from its start or from a checkpoint's state.
+
+        Raises:
+            DataError: the loss is not a finite number, with the step and its samples.
+            CheckpointError: frozen weights have changed.
+        """
+        if state is not None:
+            self.restore(state)
+        self.model.train()
+        every_save, every_eval = self.config.checkpoint_every_steps, self.config.eval_every_steps
+        for batches, waited in self._stream(self.work.plan, self.steps_done):
+            self._step(batches, waited)
+            is_last = self.steps_done == self.work.plan.num_steps
+            if every_save and self.steps_done % every_save == 0 and not is_last:
+                self._save()
+            if is_last or (every_eval and self.steps_done % every_eval == 0):
+                self._held_out()
+
+    def state(self) -> State:
+        """What a checkpoint holds."""
+        on_gpu = self.device.type == "cuda"
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
+        return {
+            "steps_done": self.steps_done,
+            "plan": self.work.plan.fingerprint,
+            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "random": random,
+        }
+
+    def restore(self, state: State) -> None:
+        """Go back to a checkpoint's state."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self.steps_done = int(state["steps_done"])
+
+    def held_out_loss(self) -> float:
+        """Mean loss over the supervised tokens of the validation plan, over all workers; nan without any."""
+        totals = torch.zeros(2, dtype=torch.float64)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for batches, _ in self._stream(self.work.validation, 0):
+                for batch in batches:
+                    loss, supervised = self._loss(batch.to(self.device))
+                    totals += torch.tensor([float(loss), float(supervised)], dtype=torch.float64)
+        self.model.train(was_training)
+        totals = totals.to(self.device)
+        self.collective.sum(totals)
+        return float(totals[0] / totals[1]) if totals[1] else math.nan
+
+    def _step(self, batches: Sequence[Batch], waited: float) -> None:
+        step, started = self.steps_done, time.perf_counter()
+        self.gradients.clear()
+        for batch in batches:
+            loss, supervised = self._loss(batch.to(self.device))
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            self.gradients.add_loss(loss, supervised)
+        self.collective.sum(self.gradients.flat)
+        mean_loss, norm = self.gradients.normalise(self.config.clip)
+        loss_value, norm_value = torch.stack([mean_loss, norm]).tolist()
+        self._check_finite(step, loss_value, norm_value)
+        set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
+        self.optimizer.step()
+        self.steps_done = step + 1
+        if self.collective.rank == 0:
+            seconds = waited + time.perf_counter() - started
+            self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Summed loss and the number of tokens that it covers."""
+        with self._precision():
+            output = self.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                labels=batch.labels,
+                pixel_values=batch.pixel_values,
+                loss_reduction="sum",
+                use_cache=False,
+            )
+        return output.loss, output.num_supervised
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _stream(self, plan: Plan, first_step: int) -> Iterator[tuple[list[Batch], float]]:
+        """This worker's batches of each step, made while the step before is at work, and seconds waited for them."""
+        with ThreadPoolExecutor(1, thread_name_prefix="samples") as pool:
+            coming = deque([pool.submit(self._batches, plan, first_step)] if first_step < plan.num_steps else [])
+            for step in range(first_step, plan.num_steps):
+                started = time.perf_counter()
+                batches = coming.popleft().result()
+                waited = time.perf_counter() - started
+                if step + 1 < plan.num_steps:
+                    coming.append(pool.submit(self._batches, plan, step + 1))
+                yield batches, waited
+
+    def _batches(self, plan: Plan, step: int) -> list[Batch]:
+        """This worker's share of a step, as tensors."""
+        packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
+        size = self.config.packs_per_batch
+        return [
+            assemble([self.work.source.load(pack) for pack in packs[first : first + size]], self.work.pad_token_id)
+            for first in range(0, len(packs), size)
+        ]
+
+    def _save(self) -> None:
+        if self.collective.rank == 0:
+            self.work.hooks.save(self.steps_done, self.state())
+
+    def _held_out(self) -> None:
+        started = time.perf_counter()
+        loss = self.held_out_loss()
+        if self.collective.rank == 0 and not math.isnan(loss):
+            self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        keys = list(_keys(self.work.plan.packs(step)))
+        raise DataError(
+            f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}; nothing after the last checkpoint "
+            f"was kept. Lower the learning rates, or look at its {len(keys)} conversations (keys {keys[:8]}, …)."
+        )
+
+    def _record(self, step: int, loss: float, norm: float, seconds: float, waited: float) -> StepRecord:
+        items = [item for pack in self.work.plan.packs(step) for item in pack]
+        factor = rate_factor(self.config, step, self.work.plan.num_steps)
+        return StepRecord(
+            step=step + 1,
+            loss=loss,
+            gradient_norm=norm,
+            rates={group.module: group.rate * factor for group in self.policy.groups},
+            samples=len(items),
+            tokens=sum(item.tokens for item in items),
+            supervised=sum(item.supervised for item in items),
+            pictures=sum(item.pictures for item in items),
+            seconds=seconds,
+            data_wait_s=waited,
+        )
+
+
+def _keys(packs: Sequence[Pack]) -> Iterator[int]:
+    return (item.key for pack in packs for item in pack)

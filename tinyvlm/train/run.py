@@ -1,0 +1,214 @@
+"""A training stage's folder: what goes in, how it is named, how it is closed.
+
+    {root}/pretrain-{fingerprint[:12]}/
+        lengths/part-*.parquet, plan.parquet, plan.json     what will be seen, in which order
+        checkpoints/step-…                                  how far it got
+        metrics.jsonl                                       one line a step
+        model/                                              the result, a Hugging Face folder with its card
+        result.json                                         the workers are done
+        stats.json, report.html, manifest.json              closed (see folders.py)
+
+`TrainingRun` is light and picklable: the driver makes one and closes its folder, workers carry it out (worker.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tinyvlm
+from tinyvlm import config as settings
+from tinyvlm.errors import StageError
+from tinyvlm.folders import Manifest, close_folder, find_folder, git_commit, point_latest
+from tinyvlm.train import metrics
+from tinyvlm.train.settings import TrainConfig
+
+VERSION = 1
+"""Raise it when the code changes the weights that come out."""
+
+BEFORE = {"pretrain": "", "sft": "pretrain", "instruct": "sft"}
+"""Each training stage and the one whose model it starts from; the first one builds its model."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training stage on one input.
+
+    Attributes:
+        stage: a key of `BEFORE`.
+        recipe: the whole recipe as plain JSON types, kept with the model.
+        prepare: the folder of conversations.
+        init: the model folder to start from; "" builds one from `recipe["model"]`.
+        inputs: what is read, by name, with its identity.
+    """
+
+    stage: str
+    config: TrainConfig
+    recipe: Mapping[str, Any]
+    prepare: str
+    init: str
+    inputs: Mapping[str, str]
+    root: str
+    folder: Path = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        made_of = {} if self.init else {name: self.recipe[name] for name in ("model", "picture")}
+        identity = [self.stage, VERSION, settings.to_dict(self.config, with_speed=False), dict(self.inputs), made_of]
+        object.__setattr__(self, "fingerprint", settings.fingerprint(identity))
+        object.__setattr__(self, "folder", Path(self.root).absolute() / f"{self.stage}-{self.fingerprint[:12]}")
+
+    @property
+    def is_finished(self) -> bool:
+        """The folder is closed."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def is_trained(self) -> bool:
+        """The workers are done; only closing is left."""
+        return (self.folder / "result.json").is_file()
+
+    def finished_manifest(self) -> Manifest:
+        """The manifest of a closed folder; also points `latest` at it."""
+        manifest = Manifest.read(self.folder)
+        point_latest(Path(self.root), self.stage, self.folder)
+        return manifest
+
+    def finish(self, seconds: float) -> Manifest:
+        """Write statistics, report and manifest.
+
+        Raises:
+            StageError: the workers left no result.
+        """
+        try:
+            result = json.loads((self.folder / "result.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            raise StageError(f"{self.stage} left no model in {self.folder}; run the same command again.") from None
+        numbers = metrics.read(self.folder / "metrics.jsonl")
+        statuses = result["statuses"]
+        rows = sum(statuses.values())
+        statistics = {
+            "stage": self.stage,
+            "rows_in": rows,
+            "rows_out": rows,
+            "statuses": statuses,
+            "seconds": round(seconds, 2),
+            **numbers.summary(),
+            "parameters": result["parameters"],
+            "plan": result["plan"],
+            "charts": charts(numbers),
+        }
+        manifest = Manifest(
+            stage=self.stage,
+            version=VERSION,
+            fingerprint=self.fingerprint,
+            settings=settings.to_dict(self.config),
+            inputs={"fingerprint": settings.fingerprint(dict(self.inputs)), "folders": self._folders()},
+            rows_in=rows,
+            rows_out=rows,
+            statuses=statuses,
+            files={f"model/{name}": _describe(self.folder / "model" / name) for name in result["files"]},
+            seconds=round(seconds, 2),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            tinyvlm_version=tinyvlm.__version__,
+            git_commit=git_commit(),
+            extra={"model": "model", "metrics": numbers.summary(), "frozen": result["frozen"], "plan": result["plan"]},
+        )
+        close_folder(self.folder, manifest, statistics)
+        point_latest(Path(self.root), self.stage, self.folder)
+        return manifest
+
+    def _folders(self) -> dict[str, str]:
+        return {"prepare": self.prepare, "init": self.init or "built"}
+
+
+def open_run(
+    stage: str, config: TrainConfig, recipe: Mapping[str, Any], inputs: Sequence[Path], root: Path
+) -> TrainingRun:
+    """Find what a training stage reads, and name its folder.
+
+    Raises:
+        StageError: a folder that it reads is not there.
+    """
+    prepare = find_folder(inputs, "prepare", stage).absolute()
+    identities = {"prepare": Manifest.read(prepare).identity}
+    init = ""
+    if config.init:
+        init, identities["init"] = _given_model(stage, Path(config.init))
+    elif BEFORE[stage]:
+        before = find_folder(inputs, BEFORE[stage], stage).absolute()
+        init, identities["init"] = str(before / "model"), Manifest.read(before).identity
+    return TrainingRun(stage, config, recipe, str(prepare), init, identities, str(root.absolute()))
+
+
+def _given_model(stage: str, path: Path) -> tuple[str, str]:
+    """A model named in the settings: the folder of a training stage, or a model folder."""
+    if (path / "manifest.json").is_file():
+        return str(path.absolute() / "model"), Manifest.read(path).identity
+    if not (path / "config.json").is_file():
+        raise StageError(f"{stage}.init wants a model folder (with config.json) or a training stage's, not {path}.")
+    weights = sorted(path.glob("*.safetensors"))
+    return str(path.absolute()), settings.fingerprint([_describe(file)["sha256"] for file in weights])
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def charts(numbers: metrics.Metrics) -> list[dict[str, Any]]:
+    """Curves for the report."""
+    steps = _thinned(numbers.steps)
+    at = [line["step"] for line in steps]
+    held_out = numbers.held_out
+    loss = {"training": {"x": at, "y": _smooth([line["loss"] for line in steps])}}
+    if held_out:
+        loss["held out"] = {"x": [line["step"] for line in held_out], "y": [line["held_out_loss"] for line in held_out]}
+    modules = steps[0]["rates"] if steps else {}
+    rates = {name: {"x": at, "y": [line["rates"][name] for line in steps]} for name in modules}
+    norms = [line["gradient_norm"] for line in steps]
+    speed = [line["tokens"] / max(line["seconds"], 1e-9) for line in steps]
+    return [
+        _line("Loss", "loss per supervised token", loss),
+        _line("Learning rate", "learning rate", rates),
+        _line("Throughput", "tokens per second", {"tokens": {"x": at, "y": _smooth(speed)}}),
+        _line("Gradient", "norm before clipping", {"gradient": {"x": at, "y": norms}}),
+    ]
+
+
+def _line(title: str, y_label: str, series: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "line", "title": title, "x_label": "step", "y_label": y_label, "series": series}
+
+
+def _thinned(lines: list[dict[str, Any]], most: int = 400) -> list[dict[str, Any]]:
+    return lines[:: max(1, -(-len(lines) // most))]
+
+
+def _smooth(values: list[float], share: float = 0.2) -> list[float]:
+    """Running mean in which the newest value has the weight `share`."""
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else smooth[-1] + share * (value - smooth[-1]))
+    return [round(value, 6) for value in smooth]
+
+
+def run_local(run: TrainingRun) -> Manifest:
+    """Carry a training stage out in this process; the same folder comes out as over Ray, up to rounding."""
+    from tinyvlm.lease import Lease
+    from tinyvlm.train.collective import Alone
+    from tinyvlm.train.worker import carry_out
+
+    if run.is_finished:
+        return run.finished_manifest()
+    started = time.perf_counter()
+    with Lease.take(run.folder) as lease:
+        if not run.is_trained:
+            carry_out(run, Alone(), lease.number)
+        return run.finish(time.perf_counter() - started)

@@ -1,0 +1,89 @@
+"""Settings of one training stage.  The defaults are the published numbers of the first stage (captions, frozen LLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tinyvlm.config import speed
+from tinyvlm.errors import ConfigError
+
+FAMILIES = ("caption", "vqa", "multi_turn", "text")
+"""The conversation families that `prepare` writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Peak learning rate of each module; 0 freezes the module, and its weights come out bit-identical."""
+
+    vision: float = 2e-5
+    connector: float = 2e-5
+    language: float = 0.0
+    new_tokens: float = 0.0
+    """Embedding rows of the three image tokens while `language` is frozen; a hot language model has them hot anyway."""
+
+    def __post_init__(self) -> None:
+        rates = (self.vision, self.connector, self.language, self.new_tokens)
+        if min(rates) < 0:
+            raise ConfigError(f"Learning rates must be 0 (frozen) or positive, but are {rates}.")
+        if not any(rates):
+            raise ConfigError("All learning rates are 0, so nothing would learn; set at least rates.connector.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What is learned from, in which order, by which rule."""
+
+    families: Mapping[str, float] = field(default_factory=lambda: {"caption": 1.0})
+    """Family → how often each of its conversations is seen in an epoch; 0.5 takes another random half each epoch."""
+    init: str = ""
+    """Model folder to start from; "" means the model of the stage before, or for the first stage a newly built one."""
+    rates: Rates = field(default_factory=Rates)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 150
+    epochs: int = 1
+    steps: int = 0
+    """Stop after this many steps; 0 means when the epochs are over.  More steps than the epochs give is refused."""
+    packs_per_step: int = 128
+    pack_length: int = 512
+    """Tokens in one pack, image tokens included; longer conversations are left out and counted as too_long."""
+    samples_per_pack: int = 1
+    """1 is the published padded batch; 0 means as many as fit."""
+    window_groups: int = 8
+    """Row groups that samples are shuffled across; each rank holds about this many in memory."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 means no limit."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 is mixed precision: weights, gradients and optimizer state stay fp32."""
+    seed: int = 42
+    max_validation: int = 2048
+    """Conversations of the validation split that the held-out loss is measured on."""
+
+    checkpoint_every_steps: int = speed(500)
+    """0 means never: an interrupted run starts again."""
+    keep_checkpoints: int = speed(2)
+    eval_every_steps: int = speed(500)
+    """Held-out loss every so many steps; it is always measured at the end.  0 means only then."""
+    packs_per_batch: int = speed(8)
+    """Packs that go through the model at once on one worker."""
+    cache_mib: int = speed(256)
+    """Memory of each worker for encoded samples."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.families) - set(FAMILIES)
+        if unknown or not self.families or min(self.families.values()) < 0 or not any(self.families.values()):
+            raise ConfigError(
+                f"families wants weights for some of {', '.join(FAMILIES)}, at least one above 0, "
+                f"but got {dict(self.families)!r}."
+            )
+        for name in ("epochs", "packs_per_step", "pack_length", "window_groups", "keep_checkpoints", "packs_per_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name in ("warmup_steps", "steps", "samples_per_pack", "weight_decay", "clip", "max_validation", "cache_mib",
+                     "checkpoint_every_steps", "eval_every_steps"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")

@@ -1,0 +1,184 @@
+"""One worker's part in a training stage: lengths → plan → model → loop → saved model.
+
+    every worker: measure its share of the files ─┐
+    worker 0:     ───── plan.parquet, plan.json ◀─┘ ──▶ every worker: load plan, model, newest checkpoint; train
+    worker 0:     model/ (temp + rename), then result.json
+
+Nothing here knows who started the workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from tinyvlm import chat
+from tinyvlm import config as settings
+from tinyvlm.errors import CheckpointError
+from tinyvlm.folders import write_atomic
+from tinyvlm.images import PictureConfig
+from tinyvlm.lease import Lease
+from tinyvlm.model import ModelConfig, TinyVLMProcessor, build, load
+from tinyvlm.train import checkpoint, metrics, plan
+from tinyvlm.train.card import model_card
+from tinyvlm.train.collective import Collective
+from tinyvlm.train.data import Conversations, data_files, measure
+from tinyvlm.train.loop import Hooks, Trainer, Work
+from tinyvlm.train.run import TrainingRun
+
+log = logging.getLogger(__name__)
+
+
+def carry_out(
+    run: TrainingRun,
+    collective: Collective,
+    lease_number: int,
+    device: str = "cpu",
+    on_step: Callable[[metrics.StepRecord], None] = lambda record: None,
+) -> None:
+    """Train, or go on training, and leave `model/` and `result.json` in the run's folder.
+
+    Args:
+        run: the same on all workers.
+        lease_number: the driver's lease; worker 0 writes nothing once it has moved on.
+        on_step: called on worker 0 after each step.
+
+    Raises:
+        TinyVLMError: as a sentence; what was kept stays, and the same command continues.
+    """
+    torch.manual_seed(run.config.seed)
+    model, processor = start_model(run)
+    lengths = _lengths(run, processor, collective)
+    training, validation = _plans(run, lengths, collective)
+    state = checkpoint.load_newest(run.folder, training.fingerprint, log.warning)
+    is_first = collective.rank == 0
+    numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if is_first else None
+    config = run.config
+    source = Conversations(
+        data_files(Path(run.prepare)), processor, window=2 * config.window_groups, cache_bytes=config.cache_mib << 20
+    )
+    hooks = Hooks() if numbers is None else _hooks(run, numbers, lease_number, on_step)
+    work = Work(
+        plan=training,
+        validation=validation,
+        source=source,
+        config=config,
+        pad_token_id=processor.pad_id,
+        new_token_ids=processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)),
+        hooks=hooks,
+    )
+    trainer = Trainer(model.to(device), work, collective)
+    trainer.run(state)
+    frozen = trainer.policy.finish()
+    if numbers is not None:
+        numbers.close()
+        Lease.check(run.folder, lease_number)
+        _leave_result(run, trainer, processor, lengths, frozen)
+
+
+def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
+    """The model that the stage starts from, in float32, the same on every worker."""
+    if run.init:
+        return load(run.init)
+    model = settings.from_dict(ModelConfig, run.recipe["model"], "model.")
+    return build(model, settings.from_dict(PictureConfig, run.recipe["picture"], "picture."), run.config.seed)
+
+
+def _hooks(
+    run: TrainingRun, numbers: metrics.MetricsFile, lease_number: int, on_step: Callable[[metrics.StepRecord], None]
+) -> Hooks:
+    def stepped(record: metrics.StepRecord) -> None:
+        numbers.step(record)
+        on_step(record)
+
+    def save(step: int, state: checkpoint.State) -> None:
+        checkpoint.save(
+            run.folder,
+            step,
+            state,
+            keep=run.config.keep_checkpoints,
+            before_rename=lambda: Lease.check(run.folder, lease_number),
+        )
+
+    checkpoint.clear(run.folder)
+    return Hooks(on_step=stepped, on_held_out=numbers.held_out, save=save)
+
+
+def _lengths(run: TrainingRun, processor: TinyVLMProcessor, collective: Collective) -> pa.Table:
+    """Lengths of all conversations; each worker measures its share of the files, an interrupted run keeps what it has.
+
+    The stage before has measured the same conversations with the same tokenizer, and its numbers are taken over.
+    """
+    files = data_files(Path(run.prepare))
+    measured_as = settings.fingerprint([run.inputs["prepare"], _spelling(processor)])
+    earlier = Path(run.init).parent / "lengths" / measured_as[:12]
+    folder = earlier if run.init and earlier.is_dir() else run.folder / "lengths" / measured_as[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(collective.rank, len(files), collective.world):
+        path = folder / f"part-{part:05d}.parquet"
+        if not path.is_file():
+            table = measure({part: files[part]}, processor)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            pq.write_table(table, temporary)
+            os.replace(temporary, path)
+    collective.barrier()
+    return pa.concat_tables([pq.read_table(folder / f"part-{part:05d}.parquet") for part in range(len(files))])
+
+
+def _spelling(processor: TinyVLMProcessor) -> str:
+    """What decides a conversation's length: the tokenizer and the number of image tokens."""
+    return settings.fingerprint([processor.tokenizer.backend_tokenizer.to_str(), processor.num_image_tokens])
+
+
+def _plans(run: TrainingRun, lengths: pa.Table, collective: Collective) -> tuple[plan.Plan, plan.Plan]:
+    """The plans of training and validation.  A plan that was saved before must be the one that is made now."""
+    training = plan.build(lengths, run.config)
+    path = run.folder / "plan.parquet"
+    if path.is_file() and plan.Plan.load(path).fingerprint != training.fingerprint:
+        raise CheckpointError(
+            f"The plan in {path} is not the one that this input and this version make; delete {run.folder}, run again."
+        )
+    collective.barrier()
+    if collective.rank == 0 and not path.is_file():
+        training.save(path)
+        summary = training.summary(run.config.pack_length)
+        write_atomic(run.folder / "plan.json", json.dumps(summary, indent=2))
+    return training, plan.build_validation(lengths, run.config)
+
+
+def _leave_result(
+    run: TrainingRun, trainer: Trainer, processor: TinyVLMProcessor, lengths: pa.Table, frozen: Mapping[str, str]
+) -> None:
+    """Save the model in the shape in which others load it, then say so."""
+    final, temporary = run.folder / "model", run.folder / f".model.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.model.eval()
+    disable_progress_bar()
+    trainer.model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    numbers = metrics.read(run.folder / "metrics.jsonl").summary()
+    parameters = trainer.policy.counts()
+    (temporary / "recipe.json").write_text(json.dumps(dict(run.recipe), indent=2))
+    training = {"stage": run.stage, "fingerprint": run.fingerprint, "inputs": dict(run.inputs), "metrics": numbers}
+    (temporary / "training.json").write_text(json.dumps(training, indent=2))
+    (temporary / "README.md").write_text(model_card(run, numbers, parameters))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    result = {
+        "statuses": plan.count_statuses(lengths, run.config),
+        "parameters": parameters,
+        "frozen": dict(frozen),
+        "plan": trainer.work.plan.summary(run.config.pack_length),
+        "files": sorted(path.name for path in final.iterdir()),
+    }
+    write_atomic(run.folder / "result.json", json.dumps(result, indent=2))
