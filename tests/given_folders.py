@@ -14,7 +14,7 @@ from tinyvlm.stage import Input, Part, Stage, StageRun, run_local
 class Given(Stage):
     """A stage whose rows are given."""
 
-    reads, fan_out, settings = ("nothing",), True, "given"
+    reads, settings = ("nothing",), "given"
 
     def __init__(self, name: str, writes: pa.Schema) -> None:
         self.name, self.writes = name, writes
@@ -39,7 +39,6 @@ def preprocess_folder(rows: pa.Table, root: Path, num_parts: int = 2) -> Path:
 def given_folder(name: str, rows: pa.Table, root: Path, num_parts: int = 2) -> Path:
     """`root`, with a finished folder of the stage `name` that holds `rows`."""
     stage = Given(name, rows.schema)
-    stage.fan_out = "source_key" in rows.schema.names
     path = root / f"{name}.parquet"
     pq.write_table(rows, path)
     size = -(-rows.num_rows // num_parts)

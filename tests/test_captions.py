@@ -30,7 +30,9 @@ def test_tokens_are_cut_as_the_treebank_cuts_them() -> None:
 
 def test_equal_captions_score_one_and_foreign_ones_zero() -> None:
     captions = ["the image shows a red circle.", "there is a blue triangle in the image."]
-    assert corpus_bleu(captions, [["another wording of it", caption] for caption in captions]) == pytest.approx((1,) * 4)
+    assert corpus_bleu(captions, [["another wording of it", caption] for caption in captions]) == pytest.approx(
+        (1,) * 4
+    )
     assert corpus_bleu(["dogs bark loudly at night"], [[captions[0]]]) == pytest.approx((0,) * 4, abs=1e-3)
 
 

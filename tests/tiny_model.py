@@ -23,6 +23,8 @@ from tinyvlm.chat import Message, Picture
 from tinyvlm.images import PictureConfig
 from tinyvlm.model import ModelConfig, TinyVLMForConditionalGeneration, TinyVLMProcessor, build
 
+torch.set_num_threads(1)  # the tests share two cores, and these matrices are too small to be cut up
+
 SIDE, PATCH, NUM_IMAGE_TOKENS = 32, 4, 4
 PICTURE = PictureConfig(size=48, tower_size=SIDE)
 

@@ -89,6 +89,11 @@ class PictureConfig:
         if not 1 <= self.jpeg_quality <= 95:
             raise ConfigError(f"picture.jpeg_quality wants 1 to 95, but got {self.jpeg_quality}.")
 
+    @property
+    def stored(self) -> dict[str, float]:
+        """The settings that show in stored pictures; the tower's side does not."""
+        return {"size": self.size, "crop_ratio": self.crop_ratio, "jpeg_quality": self.jpeg_quality}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LimitConfig:

@@ -19,6 +19,7 @@ from tinyvlm import config
 from tinyvlm.data.download import DownloadConfig
 from tinyvlm.data.encode import EncodeConfig
 from tinyvlm.data.explore import ExploreConfig
+from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig
 from tinyvlm.data.prepare import PrepareConfig
 from tinyvlm.errors import ConfigError
@@ -135,6 +136,19 @@ def tiny() -> Recipe:
             key_column="key",
             meta_columns=("split", "image_id", "kind"),
             rows_per_part=512,
+        ),
+        download=DownloadConfig(
+            store="original",
+            fetch=FetchConfig(
+                # The demo's server is this machine, and answers at once or never.
+                allow_hosts=("127.0.0.1",),
+                connect_timeout_s=1.0,
+                read_timeout_s=2.0,
+                total_timeout_s=4.0,
+                max_attempts=2,
+                backoff_s=0.25,
+                concurrency_per_host=64,
+            ),
         ),
         explore=ExploreConfig(model="toy:clip", labels="toy", template="{description}", dtype="float32"),
         encode=EncodeConfig(vision="toy:clip", num_image_tokens=16, feature_width=128, dtype="float32"),

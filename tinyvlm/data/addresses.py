@@ -47,7 +47,7 @@ def check_url(text: str, allow_hosts: Collection[str]) -> URL:
         host = (url.host or "").lower()
     except ValueError as error:
         raise FetchError("bad_url", str(error)) from None
-    if url.scheme not in ("http", "https") or not host:
+    if url.scheme not in ("http", "https") or not host or any(letter.isspace() for letter in host):
         raise FetchError("bad_url", "wants http:// or https:// and a host")
     if host in allow_hosts:
         return url

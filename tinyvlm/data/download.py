@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ from tinyvlm.config import speed
 from tinyvlm.data.addresses import Known
 from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher
 from tinyvlm.stage import Stage, scan
+
+if TYPE_CHECKING:
+    from tinyvlm.recipes import Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -63,12 +66,17 @@ class Download(Stage):
 
     def __init__(self, config: DownloadConfig, picture: images.PictureConfig, limits: images.LimitConfig) -> None:
         self.config, self.picture, self.limits = config, picture, limits
-        self.settings = {"download": config, "limits": limits}
+        self.settings: dict[str, Any] = {"download": config, "limits": limits}
         self.bytes_per_row = 50_000
         if config.store == "finished":  # originals do not depend on what the finished picture looks like
-            self.settings["picture"] = picture
+            self.settings["picture"] = picture.stored
             self.bytes_per_row = picture.size**2 // 4
         self._dns_cache: dict[str, Known] = {}
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Download:
+        """The stage with a recipe's settings."""
+        return cls(recipe.download, recipe.picture, recipe.limits)
 
     def select(self, rows: pa.Table) -> pa.Table:
         """Every link: a list of links has no statuses yet."""

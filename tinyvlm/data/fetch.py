@@ -161,9 +161,9 @@ class Fetcher:
         left_s = self.config.total_timeout_s
         seen: set[str] = set()
         while True:
+            answer.final_url, answer.http_status = url, None
             target = check_url(url, self.config.allow_hosts)
             seen.add(str(target))
-            answer.final_url, answer.http_status = str(target), None
             async with self._place(target):
                 started = time.perf_counter()
                 try:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,7 +84,7 @@ def open_links(path: Path, config: LinksConfig, root: Path) -> stage.Input:
     fingerprint = settings.fingerprint(identity)
     folder = root.absolute() / f"{STAGE}-{fingerprint[:12]}"
     if not (folder / "manifest.json").is_file():
-        _write_folder(folder, files, config, fingerprint)
+        _make_folder(folder, files, config, fingerprint)
     stage.point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
 
@@ -123,10 +124,23 @@ def find_files(path: Path, config: LinksConfig) -> list[Path]:
     return files
 
 
+def _make_folder(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> None:
+    """Write the folder under another name and rename it, so that a bad list leaves nothing behind."""
+    require_space(folder.parent, 0, STAGE)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write_folder(temporary, files, config, fingerprint)
+        if folder.exists() and not (folder / "manifest.json").is_file():
+            shutil.rmtree(folder)  # somebody took its manifest away
+        with suppress(OSError):  # another driver was faster: its folder is as good
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> None:
     started = time.perf_counter()
-    require_space(folder.parent, 0, STAGE)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "data").mkdir(parents=True)
     entries: dict[str, dict[str, Any]] = {}
     num_rows = 0
     all_keys: list[NDArray[np.int64]] = []
@@ -212,7 +226,8 @@ def _cast(rows: pa.RecordBatch, column: str, kind: pa.DataType, wanted: str) -> 
     try:
         return rows[column].cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"The column {column!r} wants {wanted}, but holds {rows[column].type}: {error}.") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"The column {column!r} wants {wanted}, but holds {rows[column].type}: {reason}") from None
 
 
 def _check_unique(all_keys: list[NDArray[np.int64]], config: LinksConfig) -> None:
@@ -227,16 +242,10 @@ def _check_unique(all_keys: list[NDArray[np.int64]], config: LinksConfig) -> Non
 
 
 def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        pq.write_table(table.combine_chunks(), temporary, compression="zstd")
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        described = describe_part(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return described
+    pq.write_table(table.combine_chunks(), path, compression="zstd")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return describe_part(path)
 
 
 def _column_names(file: Path) -> list[str]:

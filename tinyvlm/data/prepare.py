@@ -131,7 +131,7 @@ class Prepare(Stage):
         top = answers.most_common(30)
         return {
             "conversations": {family: {split: counted[family, split] for split in SPLITS} for family in FAMILIES},
-            "pictures": len({row["source_key"] for row in usable}),
+            "num_pictures": len({row["source_key"] for row in usable}),
             "questions": account(self.source.num_questions(), usable),
             "charts": [
                 _family_chart(counted),

@@ -13,15 +13,17 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from tinyvlm import config as settings
 from tinyvlm import images, schema
 from tinyvlm.errors import ConfigError
 from tinyvlm.stage import Manifest, Stage, read_rows, scan
+
+if TYPE_CHECKING:
+    from tinyvlm.recipes import Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -46,22 +48,25 @@ class Preprocess(Stage):
     writes = schema.PREPROCESSED
 
     def __init__(self, config: PreprocessConfig) -> None:
-        self.settings = self.config = config
+        self.config = config
+        self.settings = {"picture": config.picture.stored, "limits": config.limits}
         self.bytes_per_row = config.picture.size**2 // 4
         self._finished: bool | None = None
 
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Preprocess:
+        """The stage with a recipe's settings."""
+        return cls(PreprocessConfig(picture=recipe.picture, limits=recipe.limits))
+
     def check(self) -> None:
         """Refuses finished pictures of other settings: they cannot be undone."""
-        stored = self._stored()
-        wanted = settings.to_dict(self.config.picture)
-        # The tower's side does not show in the stored picture.
-        different = [name for name in stored if name != "tower_size" and stored[name] != wanted.get(name)]
-        if different:
-            name = different[0]
-            raise ConfigError(
-                f"preprocess wants picture.{name}={wanted.get(name)}, but download stored finished pictures with "
-                f"{stored[name]}; download again, or with --set download.store=original."
-            )
+        wanted, stored = self.config.picture.stored, self._stored()
+        for name in stored:
+            if stored[name] != wanted.get(name):
+                raise ConfigError(
+                    f"preprocess wants picture.{name}={wanted.get(name)}, but download stored finished pictures with "
+                    f"{stored[name]}; download again, or with --set download.store=original."
+                )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         images.quiet_pillow()
@@ -130,8 +135,9 @@ class Preprocess(Stage):
 def _samples(folder: Path) -> list[dict[str, str]]:
     """About a dozen finished pictures, from parts all over the folder."""
     paths = sorted((folder / "data").glob("part-*.parquet"))
-    chosen = [paths[index * len(paths) // NUM_SAMPLES] for index in range(min(NUM_SAMPLES, len(paths)))]
-    each = -(-NUM_SAMPLES // max(1, len(chosen)))
+    num_chosen = min(NUM_SAMPLES, len(paths))
+    chosen = [paths[index * len(paths) // num_chosen] for index in range(num_chosen)]
+    each = -(-NUM_SAMPLES // max(1, num_chosen))
     items: list[dict[str, str]] = []
     for path in chosen:
         # Images lie in one column chunk for each row group: a small slice reads no more than that.

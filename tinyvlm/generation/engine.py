@@ -194,7 +194,7 @@ class _Row:
             )
         self.limit = min(sampling.max_new_tokens, room)
         self.dice = Dice(sampling.seed)
-        self.transcript = Transcript(engine.processor.decode, sampling.stop)
+        self.transcript = Transcript(engine.processor.tokenizer.backend_tokenizer.decode, sampling.stop)
         self.token_ids: list[int] = []
 
     def take(self, token: int, ends: frozenset[int]) -> Piece:
@@ -259,23 +259,18 @@ class Decoding:
 
     def _prefill(self) -> Tensor:
         """Read all prompts: (B,V), the logits after the last token of each."""
-        model, processor = self._engine.model, self._engine.processor
-        lengths = [row.num_prompt_tokens for row in self._rows]
-        longest = max(lengths)
-        ids = np.full((len(lengths), longest), processor.pad_id, np.int64)
-        mask = np.zeros((len(lengths), longest), np.int64)
-        for row, sample in enumerate(self._samples):
-            ids[row, longest - lengths[row] :] = sample.input_ids
-            mask[row, longest - lengths[row] :] = 1
+        model = self._engine.model
+        input_ids, mask = (tensor.to(model.device) for tensor in self._engine.processor.pad(self._samples))
+        lengths = {row.num_prompt_tokens for row in self._rows}
         # Without padding no mask is needed, and attention takes its fastest road.
-        self._mask = torch.from_numpy(mask).to(model.device) if min(lengths) < longest else None
-        positions = (torch.from_numpy(mask).cumsum(dim=1) - 1).clamp(min=0).to(model.device)
+        self._mask = mask if len(lengths) > 1 else None
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         pixels = np.concatenate([sample.pixels for sample in self._samples])
         features = self._engine.encode_pictures(pixels) if len(pixels) else None
         self._samples = ()
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        self._positions, self._last = positions[:, -1:], [0] * len(lengths)
-        return self._forward(torch.from_numpy(ids).to(model.device), positions, features)
+        self._positions, self._last = positions[:, -1:], [0] * len(self._rows)
+        return self._forward(input_ids, positions, features)
 
     def _decode(self) -> Tensor:
         """Read the token that each row got last: (B,V)."""

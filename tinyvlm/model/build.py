@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -174,7 +175,7 @@ def _guard(what: str, name: str, read: Any) -> Any:
     """Turn what transformers raises on bad checkpoints into one sentence."""
     try:
         return read()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = re.split(r"\n|(?<=\.) ", str(error).strip())[0]
         raise CheckpointError(
             f"The {what} {name!r} cannot be loaded ({type(error).__name__}: {reason}). Give a local folder or a hub "

@@ -161,17 +161,19 @@ class TinyVLMProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Samples → {input_ids (B,T), attention_mask (B,T), pixel_values (N,3,S,S)}, padded on the left to generate."""
+        input_ids, mask = self.pad(samples)
+        pixels = np.concatenate([sample.pixels for sample in samples])
+        return {"input_ids": input_ids, "attention_mask": mask, "pixel_values": images.normalise(pixels)}
+
+    def pad(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """The text half of `collate`: input_ids (B,T) and attention_mask (B,T)."""
         length = max(len(sample.input_ids) for sample in samples)
         input_ids = np.full((len(samples), length), self.pad_id, np.int64)
         mask = np.zeros((len(samples), length), np.int64)
         for row, sample in enumerate(samples):
             input_ids[row, length - len(sample.input_ids) :] = sample.input_ids
             mask[row, length - len(sample.input_ids) :] = 1
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(mask),
-            "pixel_values": images.normalise(np.concatenate([sample.pixels for sample in samples])),
-        }
+        return torch.from_numpy(input_ids), torch.from_numpy(mask)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> Any:
         """Token ids → text, without the text of any marker."""

@@ -9,5 +9,5 @@ WeightsName = Literal["tokenizer", "clip", "llm"]
 
 
 def weights_dir(name: WeightsName) -> Path:
-    """Folder that `from_pretrained` reads: the tokenizer, the CLIP pair of towers (with processor), the language model."""
+    """Folder that `from_pretrained` reads: the tokenizer, the two CLIP towers (with processor), the LM."""
     return Path(__file__).parent / "weights" / name

@@ -1,7 +1,7 @@
-"""`python -m tinyvlm.toy.probe --weights DIR`: what the tiny weights can do, measured on things they were not trained on.
+"""`python -m tinyvlm.toy.probe --weights DIR`: what the tiny weights can do on things they were not trained on.
 
-* zero shot: which of three shape words, or of eight colour words, is nearest to a picture, on freshly drawn scenes and on
-  easy-VQA's pictures (used here and nowhere in training; `pip install easy-vqa`, left out when absent);
+* zero shot: which of three shape words, or of eight colour words, is nearest to a picture, on freshly drawn scenes and
+  on easy-VQA's pictures (used here and nowhere in training; `pip install easy-vqa`, left out when absent);
 * probe: a small network on the 16×128 pooled patch features, fitted on easy-VQA's training pictures, tested on its test
   pictures.  It tells what the connector can find there, and is thrown away;
 * notices: cosine of the raw CLS feature with the mean CLS of drawn notice cards, for cards and for scenes;
@@ -87,7 +87,7 @@ def held_out_scenes(rng: random.Random, num: int) -> list[Scene]:
 
 def easy_vqa_pictures(split: str) -> tuple[Tensor, Tensor]:
     """Pictures (N, 3, 64, 64) uint8 and labels (N, 2), shape and colour, read off the questions that name them."""
-    import easy_vqa  # type: ignore[import-untyped]
+    import easy_vqa
 
     paths = easy_vqa.get_train_image_paths() if split == "train" else easy_vqa.get_test_image_paths()
     texts, answers, ids = easy_vqa.get_train_questions() if split == "train" else easy_vqa.get_test_questions()
@@ -101,8 +101,8 @@ def easy_vqa_pictures(split: str) -> tuple[Tensor, Tensor]:
         elif text.startswith("what"):
             colors[picture] = SHADES.index(answer)
         elif holds:
-            shapes |= {picture: index for index, shape in enumerate(SHAPES) if shape in text}
-            colors |= {picture: index for index, shade in enumerate(SHADES) if f" {shade} " in text}
+            shapes.update((picture, index) for index, shape in enumerate(SHAPES) if shape in text)
+            colors.update((picture, index) for index, shade in enumerate(SHADES) if f" {shade} " in text)
     known = sorted(shapes.keys() & colors.keys())
     pixels = to_pixels([Image.open(paths[picture]).convert("RGB") for picture in known])
     return pixels, torch.tensor([(shapes[picture], colors[picture]) for picture in known])
@@ -112,8 +112,8 @@ def easy_vqa_pictures(split: str) -> tuple[Tensor, Tensor]:
 def features(clip: CLIPModel, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Raw CLS (N, D), pooled cells (N, C, D) and projected, normalised pictures (N, 128)."""
     cls, cells, projected = [], [], []
-    for chunk in pixels.split(256):
-        output = clip.vision_model(pixel_values=normalise(chunk))
+    for start in range(0, len(pixels), 256):
+        output = clip.vision_model(pixel_values=normalise(pixels[start : start + 256]))
         cls.append(output.last_hidden_state[:, 0])
         cells.append(pool_patches(output.last_hidden_state))
         projected.append(F.normalize(clip.visual_projection(output.pooler_output), dim=-1))
@@ -147,14 +147,18 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) 
     probe = nn.Sequential(nn.Linear(train_x.shape[1], 256), nn.GELU(), nn.Linear(256, len(SHAPES) + len(SHADES)))
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
     for _ in range(20):
-        for rows in torch.randperm(len(train_x)).split(128):
-            shape, color = probe(train_x[rows]).split([len(SHAPES), len(SHADES)], dim=-1)
+        order = torch.randperm(len(train_x))
+        for start in range(0, len(order), 128):
+            rows = order[start : start + 128]
+            guess = probe(train_x[rows])
+            shape, color = guess[:, : len(SHAPES)], guess[:, len(SHAPES) :]
             loss = F.cross_entropy(shape, train_y[rows, 0]) + F.cross_entropy(color, train_y[rows, 1])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
     with torch.inference_mode():
-        shape, color = probe(test_x).split([len(SHAPES), len(SHADES)], dim=-1)
+        guess = probe(test_x)
+        shape, color = guess[:, : len(SHAPES)], guess[:, len(SHAPES) :]
     return {"shape": _share(shape.argmax(-1) == test_y[:, 0]), "color": _share(color.argmax(-1) == test_y[:, 1])}
 
 
@@ -162,8 +166,11 @@ def notice_distances(clip: CLIPModel) -> dict[str, list[float]]:
     """Quantiles (0, 1, 50, 99, 100 %) of the cosine with the mean of 200 notice cards: other cards, and scenes."""
     rng = random.Random(2_000_003)
     groups = [(200, True), (300, True), (1000, False)]
-    drawn = [[draw(sample_scene(rng, None if notice else rng.randint(1, 4), notice)) for _ in range(num)] for num, notice in groups]
-    reference, cards, scenes = (features(clip, to_pixels(pictures))[0] for pictures in drawn)
+    drawn = [
+        to_pixels([draw(sample_scene(rng, None if notice else rng.randint(1, 4), notice)) for _ in range(num)])
+        for num, notice in groups
+    ]
+    reference, cards, scenes = (features(clip, pixels)[0] for pixels in drawn)
     center = F.normalize(F.normalize(reference, dim=-1).mean(0), dim=-1)
     steps = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0])
     return {

@@ -108,7 +108,7 @@ def train_clip(
         batch = make_batch(rng, run.batch)
         contrast, cell, hits = _losses(model, heads, words, batch)
         optimizer.zero_grad(set_to_none=True)
-        (contrast + run.cell_weight * cell).backward()
+        torch.autograd.backward(contrast + run.cell_weight * cell)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

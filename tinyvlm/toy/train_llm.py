@@ -21,7 +21,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,8 @@ _SUFFIXES = (" Answer with one word.", " Answer the question using a single word
 class LlmRun:
     """How long and how fast to train; the defaults made the shipped weights."""
 
-    steps: int = 1500
-    batch: int = 64
+    steps: int = 1600
+    batch: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 50
@@ -103,11 +103,12 @@ def train_llm(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, run))
     began = time.monotonic()
+    batches = _batches(rng, tokenizer, run)
     for step in range(run.steps):
-        samples = [sample_conversation(rng, tokenizer, run.other_weight) for _ in range(run.batch)]
+        samples = next(batches)
         loss, hits = _loss(model, samples)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -116,6 +117,16 @@ def train_llm(
         if keep and step % run.keep_every == run.keep_every - 1:
             keep(model)
     return model.eval()
+
+
+def _batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, run: LlmRun) -> Iterator[list[Sample]]:
+    """Endless batches of about equal lengths: eight are drawn at a time, sorted, and given out in random order."""
+    while True:
+        samples = [sample_conversation(rng, tokenizer, run.other_weight) for _ in range(8 * run.batch)]
+        samples.sort(key=lambda sample: len(sample.slots))
+        batches = [samples[start : start + run.batch] for start in range(0, len(samples), run.batch)]
+        rng.shuffle(batches)
+        yield from batches
 
 
 def save_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

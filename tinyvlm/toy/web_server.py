@@ -39,6 +39,7 @@ def build_app(folder: Path | None = None) -> web.Application:
         for split, by_id in find_pictures(folder).items()
         for image_id, path in by_id.items()
     }
+    _bomb_bytes()  # takes a moment: made before anybody waits for it
     app = web.Application()
     app.add_routes(
         [
@@ -64,10 +65,10 @@ def build_app(folder: Path | None = None) -> web.Application:
 
 
 @contextmanager
-def running(folder: Path | None = None, port: int = 0) -> Iterator[str]:
+def running(app: web.Application, port: int = 0) -> Iterator[str]:
     """Serve from a thread of this process; gives the base URL.  For tests."""
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(build_app(folder), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     listener = socket.create_server((HOST, port), backlog=1024)
     thread = threading.Thread(target=loop.run_forever, daemon=True, name="toy web server")
     thread.start()

@@ -16,15 +16,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tinyvlm.toy.scenes import COLORS, KINDS, SIDE, Notice, Scene, Thing, draw, sample_scene
+from tinyvlm.toy.scenes import COLORS, KINDS, Notice, Scene, Thing, draw, sample_scene
 
 __all__ = [
-    "COLORS", "KINDS", "NUMBERS", "Claim", "Notice", "Scene", "Thing", "caption", "claims_and_caption", "describe", "draw",
-    "facts", "questions", "sample_scene",
+    "COLORS", "KINDS", "NUMBERS", "Claim", "Notice", "Scene", "Thing", "caption", "claims_and_caption", "describe",
+    "draw", "facts", "questions", "sample_scene",
 ]  # fmt: skip
 
 Claim = tuple[str, str, str, str]
-"""(size, colour, name, place) of one thing, "" where nothing is said; ("count", "two", "", ""), ("backdrop", "pale", "", "")."""
+"""(size, colour, name, place) of one thing, "" where nothing is said; also ("count", "two", "", "") and such."""
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 

@@ -40,7 +40,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop tells others.  Only worker 0 calls them."""
+    """What the loop tells others.  Every worker calls its own, at the same steps."""
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_held_out: Callable[[int, float, float], None] = lambda step, loss, seconds: None
@@ -93,7 +93,7 @@ class Trainer:
             self._step(batches, waited)
             is_last = self.steps_done == self.work.plan.num_steps
             if every_save and self.steps_done % every_save == 0 and not is_last:
-                self._save()
+                self.work.hooks.save(self.steps_done, self.state())
             if is_last or (every_eval and self.steps_done % every_eval == 0):
                 self._held_out()
 
@@ -150,9 +150,8 @@ class Trainer:
         set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
         self.optimizer.step()
         self.steps_done = step + 1
-        if self.collective.rank == 0:
-            seconds = waited + time.perf_counter() - started
-            self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
+        seconds = waited + time.perf_counter() - started
+        self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """Summed loss and the number of tokens that it covers."""
@@ -193,14 +192,10 @@ class Trainer:
             for first in range(0, len(packs), size)
         ]
 
-    def _save(self) -> None:
-        if self.collective.rank == 0:
-            self.work.hooks.save(self.steps_done, self.state())
-
     def _held_out(self) -> None:
         started = time.perf_counter()
         loss = self.held_out_loss()
-        if self.collective.rank == 0 and not math.isnan(loss):
+        if not math.isnan(loss):
             self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:

@@ -44,14 +44,14 @@ def carry_out(
     collective: Collective,
     lease_number: int,
     device: str = "cpu",
-    on_step: Callable[[metrics.StepRecord], None] = lambda record: None,
+    on_held_out: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Train, or go on training, and leave `model/` and `result.json` in the run's folder.
 
     Args:
         run: the same on all workers.
         lease_number: the driver's lease; worker 0 writes nothing once it has moved on.
-        on_step: called on worker 0 after each step.
+        on_held_out: called on every worker with each held-out loss and the steps done.
 
     Raises:
         TinyVLMError: as a sentence; what was kept stays, and the same command continues.
@@ -61,13 +61,13 @@ def carry_out(
     lengths = _lengths(run, processor, collective)
     training, validation = _plans(run, lengths, collective)
     state = checkpoint.load_newest(run.folder, training.fingerprint, log.warning)
-    is_first = collective.rank == 0
-    numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if is_first else None
+    numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if collective.rank == 0 else None
     config = run.config
     source = Conversations(
         data_files(Path(run.prepare)), processor, window=2 * config.window_groups, cache_bytes=config.cache_mib << 20
     )
-    hooks = Hooks() if numbers is None else _hooks(run, numbers, lease_number, on_step)
+    told = Hooks(on_held_out=lambda step, loss, seconds: on_held_out(step, loss))
+    hooks = told if numbers is None else _writing_hooks(run, numbers, lease_number, told)
     work = Work(
         plan=training,
         validation=validation,
@@ -94,12 +94,12 @@ def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
     return build(model, settings.from_dict(PictureConfig, run.recipe["picture"], "picture."), run.config.seed)
 
 
-def _hooks(
-    run: TrainingRun, numbers: metrics.MetricsFile, lease_number: int, on_step: Callable[[metrics.StepRecord], None]
-) -> Hooks:
-    def stepped(record: metrics.StepRecord) -> None:
-        numbers.step(record)
-        on_step(record)
+def _writing_hooks(run: TrainingRun, numbers: metrics.MetricsFile, lease_number: int, told: Hooks) -> Hooks:
+    """What worker 0 does besides: it alone writes."""
+
+    def held_out(step: int, loss: float, seconds: float) -> None:
+        numbers.held_out(step, loss, seconds)
+        told.on_held_out(step, loss, seconds)
 
     def save(step: int, state: checkpoint.State) -> None:
         checkpoint.save(
@@ -111,7 +111,7 @@ def _hooks(
         )
 
     checkpoint.clear(run.folder)
-    return Hooks(on_step=stepped, on_held_out=numbers.held_out, save=save)
+    return Hooks(on_step=numbers.step, on_held_out=held_out, save=save)
 
 
 def _lengths(run: TrainingRun, processor: TinyVLMProcessor, collective: Collective) -> pa.Table:
@@ -121,16 +121,18 @@ def _lengths(run: TrainingRun, processor: TinyVLMProcessor, collective: Collecti
     """
     files = data_files(Path(run.prepare))
     measured_as = settings.fingerprint([run.inputs["prepare"], _spelling(processor)])
-    earlier = Path(run.init).parent / "lengths" / measured_as[:12]
-    folder = earlier if run.init and earlier.is_dir() else run.folder / "lengths" / measured_as[:12]
+    folder, earlier = (place / "lengths" / measured_as[:12] for place in (run.folder, Path(run.init).parent))
     folder.mkdir(parents=True, exist_ok=True)
     for part in range(collective.rank, len(files), collective.world):
         path = folder / f"part-{part:05d}.parquet"
-        if not path.is_file():
-            table = measure({part: files[part]}, processor)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            pq.write_table(table, temporary)
-            os.replace(temporary, path)
+        if path.is_file():
+            continue
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        if run.init and (earlier / path.name).is_file():
+            shutil.copyfile(earlier / path.name, temporary)
+        else:
+            pq.write_table(measure({part: files[part]}, processor), temporary)
+        os.replace(temporary, path)
     collective.barrier()
     return pa.concat_tables([pq.read_table(folder / f"part-{part:05d}.parquet") for part in range(len(files))])
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from tinyvlm.chat import Message, Picture
@@ -63,8 +63,7 @@ class Question:
     @property
     def form(self) -> str:
         """The wording with the named shape and colour left out."""
-        text = re.sub(rf"\b({'|'.join(COLORS)})\b", "<color>", self.text)
-        return re.sub(rf"\b({'|'.join(SHAPES)})\b", "<shape>", text)
+        return _form(self.text)
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,11 @@ class Facts:
 def read_facts(questions: Iterable[Question]) -> Facts:
     """Infer colour and shape: from answers, from what questions take for granted, and by exclusion."""
     known: list[str | None] = []
-    asked = [(question, set(re.findall(r"\w+", question.text))) for question in questions]
+    asked = [(question, _words(question.text)) for question in questions]
     for words in (COLORS, SHAPES):
         left = set(words)
         for question, said in asked:
-            named = said & set(words)
+            named = said.intersection(words)
             if question.answer in words:
                 left &= {question.answer}
             elif named:
@@ -100,8 +99,19 @@ def _affirms(question: Question) -> bool:
     """Whether what a question names is true of its picture ("what is the red shape?" takes red for granted)."""
     if question.answer not in ("yes", "no"):
         return True
-    denied = re.search(r"\b(not|no)\b", question.text) is not None
-    return (question.answer == "yes") != denied
+    is_denial = not _words(question.text).isdisjoint(("not", "no"))
+    return (question.answer == "yes") != is_denial
+
+
+@lru_cache(maxsize=4096)  # the set asks a few hundred different questions
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
+
+
+@lru_cache(maxsize=4096)
+def _form(text: str) -> str:
+    text = re.sub(rf"\b({'|'.join(COLORS)})\b", "<color>", text)
+    return re.sub(rf"\b({'|'.join(SHAPES)})\b", "<shape>", text)
 
 
 class EasyVQA:
@@ -144,7 +154,7 @@ class EasyVQA:
         questions = self.pictures[split, image_id]
         place = {"set": split, "image_id": image_id}
         if split == "test":
-            made = [*self._singles(questions, "test"), *self._captions(questions, "test", image_id)]
+            made = [*self._singles(questions, "test"), *self._captions(read_facts(questions).thing, "test", image_id)]
         else:
             made = list(self._training(questions, image_id))
         return [Dialogue(d.family, d.split, d.messages, {**place, **d.meta}, d.status, d.detail) for d in made]
@@ -154,10 +164,10 @@ class EasyVQA:
         config = self.config
         split: Split = "validation" if share("held out", image_id) < config.validation_share else "train"
         mixed = sorted(questions, key=lambda question: drawn(config.seed, "order", image_id, question.number))
-        yield from self._captions(questions, split, image_id)
+        thing = read_facts(questions).thing
+        yield from self._captions(thing, split, image_id)
         yield from self._singles(mixed[: config.singles_per_picture], split)
         yield from self._talks(mixed, split)
-        thing = read_facts(questions).thing
         if thing and share(config.seed, "text only", image_id) < config.text_only_share:
             question = mixed[drawn(config.seed, "asked in text", image_id) % len(mixed)]
             scene = SCENES[drawn(config.seed, "scene", image_id) % len(SCENES)].format(thing=thing)
@@ -177,8 +187,7 @@ class EasyVQA:
             turns = [_turn(q.text, q.answer, with_picture=position == 0) for position, q in enumerate(asked)]
             yield Dialogue("multi_turn", split, tuple(m for turn in turns for m in turn), _meta(asked))
 
-    def _captions(self, questions: Sequence[Question], split: Split, image_id: int) -> Iterator[Dialogue]:
-        thing = read_facts(questions).thing
+    def _captions(self, thing: str | None, split: Split, image_id: int) -> Iterator[Dialogue]:
         for number in range(1 if split == "test" else self.config.captions_per_picture):
             if thing is None:
                 detail = "the picture's own questions do not tell both its shape and its color"

@@ -1,0 +1,153 @@
+"""The command line that all stages share, and how they end.
+
+    python -m ray_jobs.<stage> --recipe R --input I [--input J] --output O [--set a.b=v ...] [--workers N] [--dry-run]
+
+Exit code 0: done, or was done before.  2: an expected failure, told as one sentence on stderr.  130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ray_jobs import _cluster, _run_stage
+from ray_jobs._cluster import StageResources
+from tinyvlm import config
+from tinyvlm.errors import ConfigError, TinyVLMError
+from tinyvlm.folders import Manifest, require_space
+from tinyvlm.recipes import Recipe, load
+from tinyvlm.stage import Input, Stage, StageRun, open_input
+
+OPTIONS = ("--recipe", "--input", "--output", "--set", "--workers", "--dry-run", "--help")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asked for."""
+
+    recipe: Recipe
+    inputs: tuple[Path, ...]
+    output: Path
+    workers: int | None
+    dry_run: bool
+
+
+def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True) -> Job:
+    """Read the options of a stage.  `writes`: it makes a folder, so it wants --output.
+
+    Raises:
+        ConfigError: an unknown option or setting, with the nearest valid one; a value that is missing or wrong.
+    """
+    parser = _Parser(prog=f"python -m ray_jobs.{stage_name}", description=f"Run the stage {stage_name!r}.")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of tinyvlm.recipes, or a JSON file")
+    parser.add_argument("--input", type=Path, action="append", metavar="FOLDER", help="what is read; may be repeated")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the stage's folder is made")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="a setting; may be repeated")
+    parser.add_argument("--workers", type=_workers, metavar="N", help="size of the pool; default: as many as fit")
+    parser.add_argument("--dry-run", action="store_true", help="print recipe, plan and resources, and do nothing")
+    options = parser.parse_args(list(argv))
+    for name in ("recipe", "input", "output") if writes else ("recipe", "input"):
+        if not getattr(options, name):
+            raise ConfigError(f"{stage_name} wants --{name}; see python -m ray_jobs.{stage_name} --help.")
+    recipe = load(options.recipe, options.set)
+    inputs = tuple(path.absolute() for path in options.input)
+    return Job(recipe, inputs, (options.output or Path()).absolute(), options.workers, options.dry_run)
+
+
+def main(stage_name: str, run: Callable[[Job], None], *, writes: bool = True) -> NoReturn:
+    """Parse this process's arguments, run, and exit as the drawing says."""
+    _set_up_logging()
+    try:
+        run(parse(stage_name, sys.argv[1:], writes=writes))
+        code = 0
+    except TinyVLMError as error:
+        code = _complain(str(error), 2)
+    except OSError as error:
+        code = _complain(f"{stage_name} stopped: {error.strerror or error} ({error.filename or 'no file'}).", 2)
+    except KeyboardInterrupt:
+        code = _complain(f"{stage_name} was interrupted; the same command continues.", 130)
+    sys.exit(code)
+
+
+def run_rows(
+    job: Job, stage: Stage, resources: StageResources, open_rows: Callable[[Path], Input] | None = None
+) -> Manifest | None:
+    """Run a row stage as the job asks, or print what it would do.
+
+    `open_rows(root)` makes the input where it is no stage folder; on a dry run its root is thrown away.
+    """
+    if job.dry_run:
+        with tempfile.TemporaryDirectory(prefix="tinyvlm-plan-") as scratch:
+            source = open_rows(Path(scratch)) if open_rows else open_input(stage, job.inputs)
+            run = StageRun(stage, source, job.output)
+            show_plan(stage.name, job, _run_stage.plan(run, job.workers, resources))
+        return None
+    if open_rows:  # it writes, so what can be known to fail must fail before
+        _cluster.check_address()
+        require_space(job.output, 0, stage.name)
+        stage.check()
+    source = open_rows(job.output) if open_rows else open_input(stage, job.inputs)
+    run = StageRun(stage, source, job.output)
+    was_finished = run.is_finished
+    manifest = _run_stage.run_stage(run, job.workers, resources)
+    if not was_finished:
+        statuses = ", ".join(f"{name} {count:,}" for name, count in manifest.statuses.items())
+        log.info(
+            "%s finished: %s rows in %.1f s (%s)", stage.name, f"{manifest.rows_out:,}", manifest.seconds, statuses
+        )
+        log.info("%s: %s", stage.name, run.folder)
+    return manifest
+
+
+def show_plan(stage_name: str, job: Job, plan: dict[str, Any]) -> None:
+    """Print a dry run as one JSON document."""
+    content = {"stage": stage_name, "recipe": config.to_dict(job.recipe), **plan}
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains as everything here does: with a ConfigError that names the nearest option."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message:
+            raise ConfigError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
+        near = difflib.get_close_matches(unknown.split()[0].split("=")[0], OPTIONS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(OPTIONS)}."
+        raise ConfigError(f"There is no option {unknown.split()[0]!r}; {hint}")
+
+
+def _workers(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wants a whole number of workers from 1 up, but got {text!r}")
+    return int(text)
+
+
+def _set_up_logging() -> None:
+    """Plain lines on stderr, each written at once, also where it is no terminal."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in ("tinyvlm", "ray_jobs", "__main__"):
+        logging.getLogger(name).setLevel(os.environ.get("TINYVLM_LOG_LEVEL", "INFO").upper())
+
+
+def _complain(sentence: str, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
+    return code

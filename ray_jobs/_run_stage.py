@@ -1,0 +1,193 @@
+"""Carry out a stage over Ray Data: the same folder comes out as from `tinyvlm.stage.run_local`.
+
+    parts ──from_items──▶ a fixed pool of PartWorkers: read · map · check · write ──▶ one small answer a part ─▶ driver
+
+Only descriptions of parts and counts of rows travel through Ray; rows go from folder to folder.  A worker that is
+killed is replaced and its part done again; what a part raises comes back as an answer, and the run ends in a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_jobs import _cluster
+from ray_jobs._cluster import StageResources
+from ray_jobs._progress import Progress
+from tinyvlm import errors
+from tinyvlm.errors import StageError, TinyVLMError
+from tinyvlm.folders import Manifest, Part, PartResult, write_atomic
+from tinyvlm.stage import StageRun
+
+__all__ = ["PartWorker", "StageResources", "plan", "run_stage"]
+
+MAX_ATTEMPTS = 3
+"""A part whose worker died so often (out of memory, a crash in C code) ends the run: Ray alone would try for ever."""
+
+ERROR_FILE = "error.txt"
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(run: StageRun, workers: int | None, resources: StageResources) -> Manifest:
+    """Do what is left of a stage, on the cluster that `_cluster.connected` finds.
+
+    Raises:
+        TinyVLMError: one sentence; nothing is written if it is known beforehand, and done parts stay if not.
+    """
+    if run.is_finished:  # before Ray is imported: saying so should be quick
+        return run.carry_out(_nothing)
+    run.check()
+    if not run.todo()[0]:
+        return run.carry_out(_nothing)
+    with _cluster.connected() as ray:
+        resources = _cluster.without_missing_gpu(ray, run.stage.name, resources)
+        size = _cluster.pool_size(ray, run.stage.name, workers, len(run.todo()[0]), resources)
+        _cluster.require_shared(ray, run.root)
+        pool = _Pool(ray, run, size, resources, _cluster.threads_per_worker(ray, size, resources))
+        manifest = run.carry_out(pool.execute)
+    (run.folder / ERROR_FILE).unlink(missing_ok=True)
+    return manifest
+
+
+def plan(run: StageRun, workers: int | None, resources: StageResources) -> dict[str, Any]:
+    """What `run_stage` would do, as JSON types; touches nothing."""
+    todo, done = run.todo()
+    return {
+        "plan": {
+            "folder": str(run.folder),
+            "finished": run.is_finished,
+            "parts": len(run.source.parts),
+            "parts_done": len(done),
+            "rows": sum(part.num_rows for part in run.source.parts),
+            "rows_to_do": sum(part.num_rows for part in todo),
+            "reads": dict(run.source.folders),
+        },
+        "resources": {"workers": workers or "as many as fit", "each": dataclasses.asdict(resources)},
+    }
+
+
+class PartWorker:
+    """One actor of the pool.  The run comes pickled, so that thread counts are set before it imports torch."""
+
+    def __init__(self, payload: bytes, lease_number: int, num_threads: int) -> None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = str(num_threads)
+        self.run: StageRun = pickle.loads(payload)
+        self.lease_number, self.num_threads = lease_number, num_threads
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        answers = [self._answer(Part(**json.loads(text))) for text in batch["part"]]
+        return {"answer": [json.dumps(answer) for answer in answers]}
+
+    def _answer(self, part: Part) -> dict[str, Any]:
+        if "torch" in sys.modules:  # a library may have set its own count since
+            sys.modules["torch"].set_num_threads(self.num_threads)
+        try:
+            attempts = _count_attempt(self.run, part)
+            if attempts > MAX_ATTEMPTS:
+                raise StageError(
+                    f"{self.run.stage.name} lost {MAX_ATTEMPTS} workers in part {part.index} ({part.path}): each was "
+                    "killed or crashed, often for want of memory; try fewer --workers or look at that part."
+                )
+            result = self.run.work(part, self.lease_number)
+            _attempts_file(self.run, part).unlink(missing_ok=True)
+            return dataclasses.asdict(result)
+        except TinyVLMError as error:
+            return {"error": str(error), "kind": type(error).__name__, "traceback": traceback.format_exc()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """A fixed pool of workers on a cluster."""
+
+    ray: Any
+    run: StageRun
+    size: int
+    resources: StageResources
+    num_threads: int
+
+    def execute(self, parts: list[Part], lease_number: int) -> Iterator[PartResult]:
+        """Results in the order in which parts end."""
+        name, folder = self.run.stage.name, self.run.folder
+        log.info("%s: %d parts to do, %d workers of %s", name, len(parts), self.size, self.resources)
+        num_done = len(self.run.source.parts) - len(parts)
+        progress = Progress(name, folder, len(self.run.source.parts), num_done)
+        with progress, contextlib.closing(self._answers(parts, lease_number)) as answers:
+            try:
+                for answer in answers:
+                    if "error" in answer:
+                        write_atomic(folder / ERROR_FILE, answer["traceback"])
+                        raise _revive(answer)
+                    result = PartResult(**answer)
+                    progress.add(result)
+                    yield result
+            except self.ray.exceptions.RayError as error:
+                write_atomic(folder / ERROR_FILE, traceback.format_exc())
+                raise StageError(
+                    f"{name} lost its workers ({_last_line(error)}); parts that are done stay, and the same command "
+                    f"continues (the whole story: {folder / ERROR_FILE})."
+                ) from error
+
+    def _answers(self, parts: list[Part], lease_number: int) -> Generator[dict[str, Any], None, None]:
+        import ray.data
+
+        quieten(ray.data)
+        payload = self.ray.cloudpickle.dumps(self.run.for_worker())
+        items = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
+        answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            PartWorker,
+            fn_constructor_args=(payload, lease_number, self.num_threads),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=self.size),
+            num_cpus=self.resources.num_cpus,
+            num_gpus=self.resources.num_gpus or None,
+            memory=self.resources.memory or None,
+        )
+        for row in answers.iter_rows():
+            yield json.loads(row["answer"])
+
+
+def quieten(data: Any) -> None:
+    """No progress bars and no plan in the log: the stage has a line of its own.  Takes the module `ray.data`."""
+    data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _nothing(parts: list[Part], lease_number: int) -> Iterable[PartResult]:
+    return ()
+
+
+def _attempts_file(run: StageRun, part: Part) -> Path:
+    # Named like a leftover, so that each new run counts from zero.
+    return run.folder / "data" / f".{part.file_name}.attempts.tmp"
+
+
+def _count_attempt(run: StageRun, part: Part) -> int:
+    path = _attempts_file(run, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(b"x")
+        return file.tell()
+
+
+def _revive(answer: Mapping[str, str]) -> TinyVLMError:
+    """The worker's error as the same class here."""
+    kind = getattr(errors, answer["kind"], StageError)
+    error = kind(answer["error"]) if isinstance(kind, type) and issubclass(kind, TinyVLMError) else None
+    return error or StageError(answer["error"])
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

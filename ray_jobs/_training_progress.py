@@ -1,0 +1,120 @@
+"""What a running training stage says of itself: a plain line every two seconds, and progress.json in its folder.
+
+It reads what worker 0 writes (`metrics.jsonl`, `plan.json`), so it needs no word from the workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tinyvlm.folders import write_atomic
+
+EVERY_S = 2.0
+QUIET_S = 20.0
+"""A line is repeated after so long without news, as a sign of life."""
+
+log = logging.getLogger(__name__)
+
+
+class TrainingProgress:
+    """Use as a context manager; call `tick` often."""
+
+    def __init__(self, stage: str, folder: Path) -> None:
+        self.stage, self.folder = stage, folder
+        self.state, self.last = "running", dict[str, Any]()
+        self.num_steps = 0
+        path = folder / "metrics.jsonl"
+        self._offset = path.stat().st_size if path.is_file() else 0
+        self._started = self._wrote_at = self._said_at = time.monotonic()
+        self._said_step, self._first_step = -1, 0
+        self._tokens, self._seconds = 0, 0.0
+
+    def __enter__(self) -> Self:
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._read()
+        self.state = "done" if kind is None else "stopped"
+        self._write()
+        log.info("%s", self.line())
+
+    def tick(self) -> None:
+        """Look, and say something if two seconds have passed and there is news."""
+        now = time.monotonic()
+        if now - self._wrote_at < EVERY_S:
+            return
+        self._wrote_at = now
+        self._read()
+        self._write()
+        step = self.last.get("step", 0)
+        if step != self._said_step or now - self._said_at > QUIET_S:
+            log.info("%s", self.line())
+            self._said_step, self._said_at = step, now
+
+    def line(self) -> str:
+        """`sft step 120/300 · loss 0.412 · 9,300 tokens/s · 0:21 left`."""
+        if not self.last:
+            return f"{self.stage} starting"
+        step = self.last["step"]
+        words = [f"{self.stage} step {step}/{self.num_steps or '?'}", f"loss {self.last['loss']:.4f}"]
+        if self._seconds:
+            words.append(f"{self._tokens / self._seconds:,.0f} tokens/s")
+        left_s = self._left_s()
+        if left_s:
+            words.append(f"{int(left_s) // 60}:{int(left_s) % 60:02d} left")
+        return " · ".join(words)
+
+    def content(self) -> dict[str, Any]:
+        """What progress.json says."""
+        return {
+            "stage": self.stage,
+            "state": self.state,
+            "text": self.line().removeprefix(f"{self.stage} "),
+            "step": self.last.get("step", 0),
+            "steps": self.num_steps,
+            "loss": self.last.get("loss"),
+            "seconds": round(time.monotonic() - self._started, 2),
+            "time": time.time(),
+        }
+
+    def _left_s(self) -> float:
+        done = self.last["step"] - self._first_step
+        return (self.num_steps - self.last["step"]) * self._seconds / done if done and self._seconds else 0.0
+
+    def _read(self) -> None:
+        """Take in the lines that came since the last look."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            for line in whole.splitlines():
+                self._take(json.loads(line) if line.strip() else {})
+            if not self.num_steps:
+                self.num_steps = int(json.loads((self.folder / "plan.json").read_text())["steps"])
+        except (OSError, ValueError, KeyError):
+            return  # not there yet, or a line that a killed run cut off
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "loss" not in line:
+            return
+        if not self.last or line["step"] <= self.last["step"]:  # the first step, or a restart from a checkpoint
+            self._first_step, self._tokens, self._seconds = line["step"] - 1, 0, 0.0
+        self.last = line
+        self._tokens += line["tokens"]
+        self._seconds += line["seconds"]
+
+    def _write(self) -> None:
+        try:
+            write_atomic(self.folder / "progress.json", json.dumps(self.content()))
+        except OSError as error:  # it is only for looking at
+            log.debug("progress.json was not written: %s", error)
