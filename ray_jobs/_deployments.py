@@ -60,6 +60,7 @@ def _deployment(kind: type, replicas: ReplicaConfig, settings: ServeConfig, max_
             downscale_delay_s=replicas.downscale_delay_s,
         ),
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        max_surge_percent=settings.surge_percent,
         health_check_period_s=5.0,
         # A deployment that cannot start says so at once, with its reason.
         max_constructor_retry_count=2,

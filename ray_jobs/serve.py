@@ -30,7 +30,8 @@ from tinyvlm.folders import find_folder
 from tinyvlm.serve.settings import ServeConfig
 
 APPLICATION = "tinyvlm"
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 600.0
+"""Generous: large models load slowly, and a failure is told long before."""
 DEPLOYMENTS = ("ingress", "preprocess", "generate")
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from given_folders import preprocess_folder, preprocessed
@@ -16,11 +17,11 @@ from tiny_model import NUM_IMAGE_TOKENS, PICTURE, picture, save_parts
 
 from tinyvlm import schema
 from tinyvlm.data.encode import Encode, EncodeConfig
-from tinyvlm.data.placeholder import reference_pictures
+from tinyvlm.data.placeholder import DESIGNS, reference_pictures
 from tinyvlm.errors import CheckpointError, ConfigError
 from tinyvlm.images import normalise, to_jpeg
 from tinyvlm.model import build
-from tinyvlm.stage import Input, Manifest, StageRun, open_input, run_local
+from tinyvlm.stage import Input, Manifest, StageRun, open_input, run_local, scan
 
 WIDTH = 32
 
@@ -66,7 +67,7 @@ def test_cached_features_equal_the_models_live_ones(config: EncodeConfig, parts:
 
 
 def test_a_reference_placeholder_is_set_apart_and_similarity_is_kept_on_every_row(config: EncodeConfig) -> None:
-    images = [stored(picture(1)), stored(reference_pictures()[4]), b"broken", stored(picture(2))]
+    images = [stored(picture(1)), stored(reference_pictures(["torn_page"])[0]), b"broken", stored(picture(2))]
     out = Encode(dataclasses.replace(config, placeholder_threshold=0.9999), PICTURE)(preprocessed(images))
     similarity = out["similarity"].to_pylist()
     assert out.schema.equals(schema.encoded(NUM_IMAGE_TOKENS, WIDTH))
@@ -94,16 +95,16 @@ def _no_input() -> Input:
     return Input((), "nothing", {}, is_stage=True)
 
 
-def test_extra_references_are_users_own(config: EncodeConfig, tmp_path: Path) -> None:
+def test_references_may_be_ones_own_files(config: EncodeConfig, tmp_path: Path) -> None:
     own = tmp_path / "own.png"
     picture(3, 64, 64).save(own)
     rows = preprocessed([stored(picture(3, 64, 64))])
     before = Encode(config, PICTURE)(rows)["similarity"][0].as_py()
-    after = Encode(dataclasses.replace(config, extra_references=(str(own),)), PICTURE)(rows)["similarity"][0].as_py()
+    after = Encode(dataclasses.replace(config, references=(str(own),)), PICTURE)(rows)["similarity"][0].as_py()
     assert after > 0.99
     assert after > before
-    with pytest.raises(ConfigError, match="no readable picture"):
-        Encode(dataclasses.replace(config, extra_references=("/nowhere.png",)), PICTURE)(rows)
+    with pytest.raises(ConfigError, match="neither a readable picture"):
+        Encode(dataclasses.replace(config, references=("/nowhere.png",)), PICTURE)(rows)
 
 
 def test_settings_that_do_not_fit_the_tower_say_what_to_set(config: EncodeConfig) -> None:
@@ -117,7 +118,7 @@ def test_settings_that_do_not_fit_the_tower_say_what_to_set(config: EncodeConfig
 
 
 def test_as_a_stage_with_statistics(config: EncodeConfig, tmp_path: Path) -> None:
-    images = [stored(picture(seed)) for seed in range(6)] + [stored(reference_pictures()[0])] * 3
+    images = [stored(picture(seed)) for seed in range(6)] + [stored(reference_pictures(["no_image"])[0])] * 3
     root = preprocess_folder(preprocessed(images), tmp_path)
     stage = Encode(dataclasses.replace(config, placeholder_threshold=0.9999), PICTURE)
     assert isinstance(pickle.loads(pickle.dumps(stage)), Encode)
@@ -135,9 +136,26 @@ def test_as_a_stage_with_statistics(config: EncodeConfig, tmp_path: Path) -> Non
     pickle.loads(pickle.dumps(stage))  # a loaded tower stays behind
 
 
+def test_the_same_picture_behind_many_links_is_a_placeholder(config: EncodeConfig, tmp_path: Path) -> None:
+    # Picture 0 stands behind four links; picture 1 four times behind one link; picture 2 behind two.
+    shown = [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 3]
+    rows = preprocessed([stored(picture(seed)) for seed in shown]).to_pydict()
+    rows["sha256"] = [f"{seed:064x}" for seed in shown]
+    rows["url"] = ["http://x/one" if seed == 1 else url for seed, url in zip(shown, rows["url"], strict=True)]
+    root = preprocess_folder(pa.table(rows, schema=schema.PREPROCESSED), tmp_path, num_parts=3)
+    stage = Encode(dataclasses.replace(config, placeholder_threshold=2, repeated_links=3), PICTURE)
+    run = StageRun(stage, open_input(stage, [root]), root)
+    run_local(run)
+    out = pa.concat_tables(scan(run.folder, ("key", "status", "similarity"))).sort_by("key").to_pydict()
+    assert out["status"] == ["placeholder" if seed == 0 else "ok" for seed in shown]
+    assert None not in out["similarity"]
+    with pytest.raises(ConfigError, match="repeated_links"):
+        EncodeConfig(repeated_links=1)
+
+
 def test_references_are_several_distinct_pictures() -> None:
-    pictures = [np.asarray(image.resize((32, 32)), dtype=np.int16) for image in reference_pictures()]
-    assert all(image.size == (448, 448) for image in reference_pictures())
+    pictures = [np.asarray(image.resize((32, 32)), dtype=np.int16) for image in reference_pictures(tuple(DESIGNS))]
+    assert all(image.size == (448, 448) for image in reference_pictures(tuple(DESIGNS)))
     assert len(pictures) >= 6
     for index, one in enumerate(pictures):
         assert one.std() > 3

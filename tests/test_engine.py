@@ -97,7 +97,6 @@ def test_draws_follow_the_probabilities() -> None:
 def test_the_model_ends_its_answer(engine: Engine, prompts: list[Sample]) -> None:
     """Made likely, the end-of-turn token ends the answer, and is no part of it."""
     free = engine.generate(prompts, Sampling(max_new_tokens=LENGTH))
-    engine.model = copy.deepcopy(engine.model)
     engine._ends = frozenset(answer.token_ids[3] for answer in free)
     for before, after in zip(free, engine.generate(prompts, Sampling(max_new_tokens=LENGTH)), strict=True):
         assert after.finish_reason == "stop"
@@ -160,6 +159,26 @@ def test_a_picture_is_encoded_once(engine: Engine, built: Any) -> None:
     small = Engine(*built, feature_cache_bytes=one)
     small.generate(asked, Sampling(max_new_tokens=3))
     assert len(small._features) == 1
+
+
+def test_questions_about_one_picture_share_its_reading(engine: Engine, built: Any) -> None:
+    """A batch with many questions for each picture answers as each question alone does."""
+    asked = [
+        built[1].encode(ask("what " * (1 + n % 4) + tail, pictures=1), [picture(n % 3)], open_answer=True)
+        for n, tail in enumerate(["?", " shape", " is red?"] * 4)
+    ]
+    alone = [engine.generate([one], Sampling(max_new_tokens=LENGTH))[0] for one in asked]
+    read: list[int] = []
+    forward = engine.model.forward
+    engine.model.forward = lambda **inputs: read.append(inputs["input_ids"].numel()) or forward(**inputs)
+    try:
+        assert engine.generate(asked, Sampling(max_new_tokens=LENGTH)) == alone
+        same_length = [asked[0]] * 4
+        assert engine.generate(same_length, Sampling(max_new_tokens=LENGTH)) == [alone[0]] * 4
+    finally:
+        del engine.model.forward
+    beginning = asked[0].input_ids.tolist().index(built[1].image_token_id) + 4
+    assert read[0] == 3 * beginning
 
 
 def test_another_picture_gives_another_answer(engine: Engine, built: Any) -> None:

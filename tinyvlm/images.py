@@ -138,7 +138,7 @@ def probe(data: bytes, limits: LimitConfig) -> Header:
         ImageError: over a limit, or not a picture of an allowed format.
     """
     image = _open(data, limits)
-    return Header(image.format or "", image.width, image.height)
+    return Header(_format(image), image.width, image.height)
 
 
 def decode(data: bytes, limits: LimitConfig) -> Image.Image:
@@ -153,7 +153,7 @@ def decode(data: bytes, limits: LimitConfig) -> Image.Image:
 def decode_as(data: bytes, limits: LimitConfig) -> tuple[str, Image.Image]:
     """`decode`, and the name of the format that the bytes were in."""
     image = _open(data, limits)
-    form = "JPEG" if image.format == "MPO" else image.format or ""
+    form = _format(image)
     try:
         image.load()
         return form, _to_rgb(_upright(image))
@@ -241,6 +241,11 @@ def _open(data: bytes, limits: LimitConfig) -> Image.Image:
     if min(width, height) < limits.min_side:
         raise ImageError("too_small", f"{width}×{height}, {limits.min_side} wanted on the shorter side")
     return image
+
+
+def _format(image: Image.Image) -> str:
+    # MPO is a JPEG with more JPEGs behind it.
+    return "JPEG" if image.format == "MPO" else str(image.format)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -131,22 +131,23 @@ def tiny() -> Recipe:
     return Recipe(
         name="tiny",
         picture=picture,
+        limits=LimitConfig(max_bytes=1_000_000),
         links=LinksConfig(
             caption_column="caption",
             key_column="key",
             meta_columns=("split", "image_id", "kind"),
-            rows_per_part=512,
+            rows_per_part=2000,
         ),
         download=DownloadConfig(
             store="original",
             fetch=FetchConfig(
                 # The demo's server is this machine, and answers at once or never.
                 allow_hosts=("127.0.0.1",),
-                connect_timeout_s=1.0,
-                read_timeout_s=2.0,
-                total_timeout_s=4.0,
-                max_attempts=2,
-                backoff_s=0.25,
+                connect_timeout_s=2.0,
+                read_timeout_s=1.5,
+                total_timeout_s=2.0,
+                backoff_s=0.1,
+                concurrency=64,
                 concurrency_per_host=64,
             ),
         ),

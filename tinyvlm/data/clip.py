@@ -11,7 +11,8 @@ Shapes: B pictures, S side of the tower's input in pixels, P patches, K image to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+from transformers.utils import logging
 
 from tinyvlm import images
-from tinyvlm.data.placeholder import nearest_reference, reference_pictures
+from tinyvlm.data.placeholder import reference_pictures
 from tinyvlm.errors import CheckpointError, ConfigError
 from tinyvlm.images import ImageError, LimitConfig, PictureConfig
 from tinyvlm.model.configuration import check_grid
@@ -47,15 +49,15 @@ class Tower:
                 f"encode.feature_width is {config.feature_width}, but {config.vision!r} is {shape.hidden_size} wide; "
                 f"set encode.feature_width={shape.hidden_size}."
             )
-        drawn = [_pixels_of(image, picture) for image in reference_pictures(config.extra_references)]
-        self.references = self._hidden(np.stack(drawn))[:, 0].float()
+        drawn = [_pixels_of(image, picture) for image in reference_pictures(config.references)]
+        self.references = _unit(self._hidden(np.stack(drawn))[:, 0])
 
     def __call__(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.int64]]:
         """(B, S, S, 3) → features (B, K, D), similarity (B,), which reference is nearest (B,)."""
         hidden = self._hidden(pixels)
         features = pool_patches(hidden[:, 1:], self.config.num_image_tokens)
-        similarity, nearest = nearest_reference(hidden[:, 0], self.references)
-        return features.to(torch.float16).cpu().numpy(), similarity.cpu().numpy(), nearest.cpu().numpy()
+        best = (_unit(hidden[:, 0]) @ self.references.T).max(dim=-1)
+        return features.to(torch.float16).cpu().numpy(), best.values.cpu().numpy(), best.indices.cpu().numpy()
 
     def _hidden(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(B, S, S, 3) → last hidden state (B, 1+P, D), before the final layer norm."""
@@ -144,7 +146,8 @@ def _load(kind: Any, name: str, dtype: str, setting: str) -> Any:
         CheckpointError: it cannot be loaded or lacks weights.
     """
     try:
-        model, report = kind.from_pretrained(_place(name), dtype=getattr(torch, dtype), output_loading_info=True)
+        with _quiet():
+            model, report = kind.from_pretrained(_place(name), dtype=getattr(torch, dtype), output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -157,6 +160,20 @@ def _load(kind: Any, name: str, dtype: str, setting: str) -> Any:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.requires_grad_(False).eval().to(device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its list of weights left out (the other tower's)."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_size(vision_config: Any, picture: PictureConfig, setting: str) -> None:

@@ -3,8 +3,9 @@
     448² JPEG ──▶ tower ─┬─ patches of the last hidden state ──block means──▶ features (K, D), half precision
                          └─ CLS of the same state ──cosine──▶ similarity to the nearest reference placeholder
                                                               at or above the threshold: status "placeholder"
+    sha256 ──────────────▶ the same picture behind many links:                         status "placeholder"
 
-Both are taken before the final layer norm.  The similarity is stored on every row, so that another threshold can be
+Features and CLS are taken before the final layer norm.  The similarity is stored on every row, so that another threshold can be
 tried without encoding again.  Pooling is the model's own (`tinyvlm.model.modeling.pool_patches`): cached and live
 features are the same numbers.
 
@@ -13,6 +14,7 @@ Shapes: N pictures, S side of the tower's input, P patches, K image tokens, D wi
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +27,10 @@ from numpy.typing import NDArray
 
 from tinyvlm import config as settings_of
 from tinyvlm import schema
+from tinyvlm.data.placeholder import DESIGNS, repeated_pictures
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import ConfigError
-from tinyvlm.images import PictureConfig
+from tinyvlm.images import ImageError, PictureConfig
 from tinyvlm.stage import Stage, scan
 
 if TYPE_CHECKING:
@@ -52,8 +55,10 @@ class EncodeConfig:
     """Width of the tower's hidden states; it fixes the columns of the output, and is checked against the tower."""
     placeholder_threshold: float = 0.3
     """Cosine similarity to a reference from which a picture counts as a placeholder; above 1: none does."""
-    extra_references: tuple[str, ...] = ()
-    """Files of further reference placeholders, beside the drawn ones."""
+    references: tuple[str, ...] = tuple(DESIGNS)
+    """Reference placeholders: names of drawn designs (placeholder.py) and picture files of one's own."""
+    repeated_links: int = 0
+    """A picture whose very bytes stand behind so many different links counts as a placeholder; 0: not looked at."""
     dtype: Dtype = "float16"
     """Precision of the tower; features are stored in half precision always."""
     batch_size: int = settings_of.speed(64)
@@ -66,6 +71,10 @@ class EncodeConfig:
             )
         if self.batch_size < 1:
             raise ConfigError(f"encode.batch_size is {self.batch_size}; it must be at least 1.")
+        if self.repeated_links < 0 or self.repeated_links == 1:
+            raise ConfigError(f"encode.repeated_links is {self.repeated_links}; use 0 (off), or 2 and more.")
+        if not self.references:
+            raise ConfigError(f"encode.references is empty; name some of {', '.join(DESIGNS)}, or picture files.")
 
 
 class Encode(Stage):
@@ -92,8 +101,16 @@ class Encode(Stage):
 
         return Tower(self.config, self.picture)
 
+    @cached_property
+    def repeated(self) -> set[str]:
+        """sha256 of the pictures that stand behind too many links of the whole input."""
+        source = self.folders.get("preprocess")
+        if not self.config.repeated_links or source is None:
+            return set()
+        return repeated_pictures(Path(source), self.config.repeated_links)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "tower"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("tower", "repeated")}
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Map pictures to features; one that cannot be decoded any more says so."""
@@ -106,21 +123,30 @@ class Encode(Stage):
 
         pixels, problems = read_pixels(rows["image"].to_pylist(), self.picture)
         features, similarity, nearest = self.tower(pixels)
-        statuses: list[str] = []
-        details: list[str | None] = []
-        for problem, near, which in zip(problems, similarity, nearest, strict=True):
-            is_placeholder = near >= self.config.placeholder_threshold
-            statuses.append(problem.status if problem else "placeholder" if is_placeholder else schema.OK)
-            said = f"looks like reference placeholder {which}" if is_placeholder else None
-            details.append(problem.detail if problem else said)
+        judged = [
+            self._judge(*each) for each in zip(problems, similarity, nearest, rows["sha256"].to_pylist(), strict=True)
+        ]
+        statuses = [status for status, _ in judged]
         columns = {
             **{name: rows[name] for name in ("key", "url", "caption", "meta", "image", "sha256")},
             "status": pa.array(statuses, pa.string()),
-            "detail": pa.array(details, pa.string()),
+            "detail": pa.array([detail for _, detail in judged], pa.string()),
             "similarity": pa.array(similarity, mask=np.array([problem is not None for problem in problems])),
             "features": self._feature_column(features, [status != schema.OK for status in statuses]),
         }
         return pa.table([columns[name] for name in self.writes.names], schema=self.writes)
+
+    def _judge(
+        self, problem: ImageError | None, similarity: float, nearest: int, sha256: str | None
+    ) -> tuple[str, str | None]:
+        """Status and detail of one picture."""
+        if problem:
+            return problem.status, problem.detail
+        if sha256 in self.repeated:
+            return "placeholder", f"the same picture stands behind {self.config.repeated_links} links or more"
+        if similarity >= self.config.placeholder_threshold:
+            return "placeholder", f"looks like the reference {self.config.references[nearest]!r}"
+        return schema.OK, None
 
     def _feature_column(self, features: NDArray[np.float16], is_null: list[bool]) -> pa.Array:
         kind = self.writes.field("features").type
@@ -132,7 +158,7 @@ class Encode(Stage):
 
     def statistics(self, folder: Path) -> dict[str, Any]:
         """How similarities are spread, how many placeholders there are, and the pictures around the threshold."""
-        table = pa.concat_tables([*scan(folder, ("key", "status", "similarity"))])
+        table = pa.concat_tables([*scan(folder, ("key", "status", "detail", "similarity"))])
         measured = table.filter(pc.is_valid(table["similarity"]))
         similarity = measured["similarity"].to_numpy()
         num_dropped = int(pc.sum(pc.equal(table["status"], "placeholder")).as_py() or 0)
@@ -146,6 +172,7 @@ class Encode(Stage):
             )
         return {
             "placeholders": num_dropped,
+            "placeholders_by_reason": dict(Counter(table["detail"].drop_null().to_pylist()).most_common()),
             "placeholder_threshold": self.config.placeholder_threshold,
             "warnings": warnings,
             "charts": [

@@ -119,7 +119,7 @@ def find_files(path: Path, config: LinksConfig) -> list[Path]:
             if column not in names:
                 raise DataError(
                     f"{file} has no column {column!r}; it has {', '.join(names)}. "
-                    f"Name the right one with --set links.<url|caption|key|meta>_column."
+                    "Name the right one, for example with --set links.url_column=url."
                 )
     return files
 

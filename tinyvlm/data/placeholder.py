@@ -1,21 +1,22 @@
-"""Pictures that only say "there is no picture here": drawn references, and how near to them a picture comes.
+"""Pictures that only say "there is no picture here": what gives them away.
 
-    reference_pictures ──tower──▶ CLS (R, D) ──┐
-    a picture          ──tower──▶ CLS (N, D) ──┴─ cosine ─▶ (N,) similarity to the nearest reference
+    repeated_pictures    the same bytes behind many different links             (cheap: only the columns sha256 and url)
+    reference_pictures   drawn cards; the vision tower tells how near to one a picture comes       (clip.py, encode.py)
 
-The CLS row is taken from the tower's last hidden state, before the final layer norm.  The references are drawn by this
-code, so they carry nobody's rights; users add their own as files.  What similarity is too near depends on the tower and
-has to be measured for each (see the encode stage's review sheet).
-
-Shapes: N pictures, R references, D width of the tower.
+The references are drawn by this code, so they carry nobody's rights; users add their own as files.  How near is too near
+depends on the tower and on the pictures, and has to be measured (see the encode stage's review sheet).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tinyvlm.errors import ConfigError
@@ -27,28 +28,46 @@ SIDE = 448
 _WHITE, _PALE, _GREY, _DARK = (255, 255, 255), (225, 226, 228), (160, 163, 168), (96, 99, 104)
 
 
-def reference_pictures(extra: tuple[str, ...] = ()) -> list[Image.Image]:
-    """The drawn references, then the user's own picture files, all square RGB.
+def reference_pictures(names: Sequence[str]) -> list[Image.Image]:
+    """References by the name of a drawn design, or by the path of a picture file; all square RGB.
 
     Raises:
-        ConfigError: a file cannot be read as a picture.
+        ConfigError: there is no such design and no readable picture of that name.
     """
-    return [_draw(design) for design in _DESIGNS] + [_read(path) for path in extra]
+    return [_draw(DESIGNS[name]) if name in DESIGNS else _read(name) for name in names]
 
 
-def nearest_reference(cls: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, D), (R, D) → cosine to the nearest reference (N,), and which one that is (N,)."""
-    unit = torch.nn.functional.normalize(cls.float(), dim=-1)
-    others = torch.nn.functional.normalize(references.float(), dim=-1)
-    best = (unit @ others.T).max(dim=-1)
-    return best.values, best.indices
+def repeated_pictures(folder: Path, min_links: int) -> set[str]:
+    """The sha256 of pictures that stand behind at least `min_links` different links of a stage folder."""
+    parts = sorted((folder / "data").glob("part-*.parquet"))
+    # Eight bytes of each hash find the candidates in little memory; whole hashes and links then decide.
+    starts = [_hash_starts(pq.read_table(path, columns=["sha256"])["sha256"]) for path in parts]
+    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *starts]), return_counts=True)
+    often = values[counts >= min_links]
+    links: dict[str, set[str]] = {}
+    for path, start in zip(parts, starts, strict=True):
+        places = np.flatnonzero(np.isin(start, often))
+        if len(places):
+            table = pq.read_table(path, columns=["sha256", "url"])
+            known = table.filter(pc.is_valid(table["sha256"])).take(places)
+            for digest, url in zip(known["sha256"].to_pylist(), known["url"].to_pylist(), strict=True):
+                links.setdefault(digest, set()).add(url)
+    return {digest for digest, urls in links.items() if len(urls) >= min_links}
+
+
+def _hash_starts(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
+    known = hashes.drop_null().to_pylist()
+    return np.array([int(digest[:16], 16) for digest in known], np.uint64)
 
 
 def _read(path: str) -> Image.Image:
     try:
         image = decode(Path(path).read_bytes(), LimitConfig())
     except Exception as error:
-        raise ConfigError(f"encode.extra_references names {path!r}, which is no readable picture: {error}.") from None
+        raise ConfigError(
+            f"encode.references names {path!r}, which is neither a readable picture ({error}) nor a drawn one: "
+            f"{', '.join(DESIGNS)}."
+        ) from None
     return square(image, PictureConfig(size=SIDE))[0]
 
 
@@ -150,15 +169,16 @@ def _coming_soon(pen: ImageDraw.ImageDraw) -> None:
     _write(pen, "photo\ncoming\nsoon", 224, 76, _GREY)
 
 
-_DESIGNS = (
-    _no_image,
-    _not_available,
-    _crossed_icon,
-    _icon_and_words,
-    _torn_page,
-    _error_number,
-    _camera,
-    _removed,
-    _question_mark,
-    _coming_soon,
-)
+DESIGNS: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
+    "no_image": _no_image,
+    "not_available": _not_available,
+    "crossed_icon": _crossed_icon,
+    "icon_and_words": _icon_and_words,
+    "torn_page": _torn_page,
+    "error_number": _error_number,
+    "camera": _camera,
+    "removed": _removed,
+    "question_mark": _question_mark,
+    "coming_soon": _coming_soon,
+}
+"""The drawn references by name."""

@@ -1,11 +1,11 @@
 """Answers from a model: batches of unequal prompts, prefilled together, then decoded one token a step over a cache.
 
-    samples ──sort by length──▶ batch ──pictures──▶ features (each picture once, remembered)
-                                  │                        │
-                                  └──────prefill◀──────────┘
-                                            │ step · step · step   (finished rows leave the batch)
-                                            ▼
-                                       Completion
+    samples ──sort──▶ batch ──pictures──▶ features (each picture once, remembered)
+                        │                     │
+                        └───────prefill◀──────┘   (a beginning that several prompts share is read once)
+                                   │ step · step · step   (finished rows leave the batch)
+                                   ▼
+                              Completion
 
 Used by evaluation (`generate`), by the command line (`stream`) and by serving (`start`, which hands out the steps).
 One engine serves one thread.
@@ -99,14 +99,14 @@ class Engine:
         """Answer every sample (encoded with `open_answer=True`), in the order given.
 
         Args:
-            samples: any number; batches are made of prompts of similar length.
+            samples: any number; batches are made of questions about the same pictures, and of similar length.
             sampling: one for all, or one for each.  None = greedy.
 
         Raises:
             InputError: a prompt fills the whole context.
         """
         samplings = self._each(samples, sampling)
-        order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
+        order = _order(samples)
         answers: dict[int, Completion] = {}
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
@@ -259,18 +259,34 @@ class Decoding:
 
     def _prefill(self) -> Tensor:
         """Read all prompts: (B,V), the logits after the last token of each."""
-        model = self._engine.model
-        input_ids, mask = (tensor.to(model.device) for tensor in self._engine.processor.pad(self._samples))
-        lengths = {row.num_prompt_tokens for row in self._rows}
-        # Without padding no mask is needed, and attention takes its fastest road.
-        self._mask = mask if len(lengths) > 1 else None
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        pixels = np.concatenate([sample.pixels for sample in self._samples])
-        features = self._engine.encode_pictures(pixels) if len(pixels) else None
-        self._samples = ()
+        model, samples = self._engine.model, self._samples
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        length, owners = _shared_beginning(samples, self._engine.processor.image_token_id)
+        if length:
+            self._read_beginnings([samples[owner] for owner in dict.fromkeys(owners)], length, owners)
+            no_pixels = samples[0].pixels[:0]
+            samples = [Sample(one.input_ids[length:], one.supervised[length:], no_pixels) for one in samples]
+        input_ids, mask = (tensor.to(model.device) for tensor in self._engine.processor.pad(samples))
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + length
+        # Without padding no mask is needed, and attention takes its fastest road.
+        is_padded = len({row.num_prompt_tokens for row in self._rows}) > 1
+        self._mask = torch.nn.functional.pad(mask, (length, 0), value=1) if is_padded else None
+        self._samples = ()
         self._positions, self._last = positions[:, -1:], [0] * len(self._rows)
-        return self._forward(input_ids, positions, features)
+        return self._forward(input_ids, positions, self._features(samples))
+
+    def _read_beginnings(self, samples: Sequence[Sample], length: int, owners: Sequence[int]) -> None:
+        """Read the first `length` tokens of each different beginning, and give every row a copy of its own."""
+        device = self._engine.model.device
+        input_ids = torch.from_numpy(np.stack([one.input_ids[:length] for one in samples]).astype(np.int64)).to(device)
+        positions = torch.arange(length, device=device).expand(len(samples), -1)
+        self._forward(input_ids, positions, self._features(samples))
+        place = {owner: index for index, owner in enumerate(dict.fromkeys(owners))}
+        self._cache.batch_select_indices(torch.tensor([place[owner] for owner in owners], device=device))
+
+    def _features(self, samples: Sequence[Sample]) -> Tensor | None:
+        pixels = np.concatenate([sample.pixels for sample in samples])
+        return self._engine.encode_pictures(pixels) if len(pixels) else None
 
     def _decode(self) -> Tensor:
         """Read the token that each row got last: (B,V)."""
@@ -306,3 +322,36 @@ class Decoding:
         self._last = [self._last[row] for row in self._live]
         self._rows = [self._rows[row] for row in self._live]
         self._live = list(range(len(self._rows)))
+
+
+def _order(samples: Sequence[Sample]) -> list[int]:
+    """Longest first, so that memory is short at once or never; samples with the same pictures side by side."""
+    longest: dict[bytes, int] = {}
+    groups: list[bytes] = []
+    for index, sample in enumerate(samples):
+        group = hashlib.sha256(sample.pixels.tobytes()).digest() if len(sample.pixels) else index.to_bytes(8, "big")
+        groups.append(group)
+        longest[group] = max(longest.get(group, 0), len(sample.input_ids))
+    return sorted(range(len(samples)), key=lambda i: (-longest[groups[i]], groups[i], -len(samples[i].input_ids)))
+
+
+def _shared_beginning(samples: Sequence[Sample], image_token_id: int) -> tuple[int, list[int]]:
+    """How many first tokens are worth reading once for several rows, and for each row the first one that begins alike.
+
+    The beginning ends with the picture, where most questions about it part; 0 if there is too little to share.
+    """
+    lengths = {_end_of_pictures(sample, image_token_id) for sample in samples}
+    length = lengths.pop()
+    if lengths or length == 0:
+        return 0, []
+    first: dict[tuple[bytes, bytes], int] = {}
+    owners = [
+        first.setdefault((sample.input_ids[:length].tobytes(), sample.pixels.tobytes()), row)
+        for row, sample in enumerate(samples)
+    ]
+    return (length, owners) if 2 * len(first) <= len(samples) else (0, [])
+
+
+def _end_of_pictures(sample: Sample, image_token_id: int) -> int:
+    places = np.flatnonzero(sample.input_ids == image_token_id)
+    return int(places[-1]) + 1 if len(places) else 0

@@ -70,6 +70,9 @@ class ServeConfig:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     drain_timeout_s: float = 20.0
     """How long a replica that is replaced may go on with the requests it has."""
+    surge_percent: int = 100
+    """When the model is replaced: how many new replicas may start before old ones stop.  0 where there is no room for
+    both (one GPU): then requests wait while the new one starts."""
 
     ingress: ReplicaConfig = field(
         default_factory=lambda: ReplicaConfig(num_cpus=0.1, max_replicas=2, target_ongoing_requests=32.0)
@@ -85,6 +88,8 @@ class ServeConfig:
                 "serve wants 0 < default_new_tokens ≤ max_new_tokens, but got "
                 f"{self.default_new_tokens} and {self.max_new_tokens}."
             )
+        if not 0 <= self.surge_percent <= 100:
+            raise ConfigError(f"serve.surge_percent wants a number from 0 to 100, but got {self.surge_percent}.")
         for name in ("max_pictures", "max_request_bytes", "max_queue", "max_batch", "threads", "max_messages"):
             if getattr(self, name) < (0 if name == "max_pictures" else 1):
                 raise ConfigError(f"serve.{name} wants a positive number, but got {getattr(self, name)}.")

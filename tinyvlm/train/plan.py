@@ -48,7 +48,7 @@ LENGTHS = pa.schema(
 """What the plan is made from.  `part`: number of the data file, `group`: row group in it, `row`: row in the group."""
 
 OPEN_PACKS = 16
-"""Packs that are filled at the same time; the sample that comes goes where it leaves the least room."""
+"""Packs that are filled at the same time."""
 
 
 class Item(NamedTuple):
@@ -220,27 +220,28 @@ def _cut(table: pa.Table, order: Ints, config: TrainConfig) -> Plan:
 
 
 def fill(lengths: Sequence[int], pack_length: int, samples_per_pack: int = 0) -> list[list[int]]:
-    """Put samples (by number) into packs of at most `pack_length` tokens: best fit among a few open packs, in order."""
+    """Put samples (by number) into packs of at most `pack_length` tokens, in order.
+
+    A sample goes to the oldest open pack that has room, and the oldest is closed when one more is needed: so packs fill
+    well, and no sample stays behind for long, which would make its row group be read twice.
+    """
     if samples_per_pack == 1:
         return [[number] for number in range(len(lengths))]
     done: list[list[int]] = []
     packs: list[list[int]] = []
     room: list[int] = []
     for number, length in enumerate(lengths):
-        fitting = [place for place, left in enumerate(room) if left >= length]
-        if fitting:
-            place = min(fitting, key=room.__getitem__)
-        else:
-            if len(packs) == OPEN_PACKS:
-                fullest = min(range(len(room)), key=room.__getitem__)
-                done.append(packs.pop(fullest))
-                room.pop(fullest)
-            place = len(packs)
+        place = next((place for place, left in enumerate(room) if left >= length), len(packs))
+        if place == len(packs):
+            if place == OPEN_PACKS:
+                done.append(packs.pop(0))
+                room.pop(0)
+                place -= 1
             packs.append([])
             room.append(pack_length)
         packs[place].append(number)
         room[place] -= length
-        if len(packs[place]) == samples_per_pack:
+        if room[place] == 0 or len(packs[place]) == samples_per_pack:
             done.append(packs.pop(place))
             room.pop(place)
     return done + packs
