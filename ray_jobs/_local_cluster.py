@@ -7,6 +7,7 @@ and how leftovers are found, whatever they are called and whoever adopted them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -70,6 +72,26 @@ def require_port(port: int, what: str, option: str) -> None:
             ) from None
 
 
+def start_beside(command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    """Start a process that ends with this one, also when this one is killed outright (on Linux)."""
+    with log_path.open("wb") as log:
+        return subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    """Have the kernel send SIGTERM when the parent's thread ends; see prctl(2), PR_SET_PDEATHSIG."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 class LocalCluster:
     """One Ray head on this machine.  Use as a context manager."""
 
@@ -95,10 +117,7 @@ class LocalCluster:
             # 0: let the system choose; Ray's fixed range would clash with a dashboard port inside it.
             *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={self._folder}"),
         ]
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+        self._process = start_beside(command, self.environment, self.log_path)
         try:
             self._wait_until_up()
         except BaseException:

@@ -25,7 +25,7 @@ from ray_jobs._train_worker import ERROR_FILE, work
 from ray_jobs._training_progress import TrainingProgress
 from tinyvlm import config, errors
 from tinyvlm.errors import StageError, TinyVLMError
-from tinyvlm.folders import Manifest, write_atomic
+from tinyvlm.folders import Manifest
 from tinyvlm.lease import Lease
 from tinyvlm.train.run import TrainingRun, open_run
 
@@ -118,9 +118,7 @@ def _fit(training: TrainingRun, lease_number: int, size: int, resources: StageRe
             raise _in_words(training, failures[0])
 
 
-def _trainer(
-    training: TrainingRun, lease_number: int, size: int, resources: StageResources, num_threads: int
-) -> Any:
+def _trainer(training: TrainingRun, lease_number: int, size: int, resources: StageResources, num_threads: int) -> Any:
     # Read by Ray when the trainer starts: how often its controller looks at the workers (2 s), and a watcher for
     # preempted nodes, which is a process of its own.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")

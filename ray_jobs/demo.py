@@ -14,10 +14,10 @@ import argparse
 import contextlib
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from typing import Any
 from ray_jobs._demo_screen import Screen
 from ray_jobs._demo_summary import ask_questions, summarise, write_report
 from ray_jobs._jobs import JobClient, command_line
-from ray_jobs._local_cluster import LocalCluster, MemoryMeter, require_port
+from ray_jobs._local_cluster import LocalCluster, MemoryMeter, require_port, start_beside
 from tinyvlm import recipes
 from tinyvlm.errors import ClusterError, ConfigError, TinyVLMError
 from tinyvlm.stage import write_atomic
@@ -83,9 +83,8 @@ def serve_pictures(options: Options, environment: dict[str, str]) -> Iterator[Pa
     base_url = f"http://127.0.0.1:{options.web_port}"
     log_path = options.output / "logs" / "web_server.log"
     links = options.output / "links" / "links.parquet"
-    with log_path.open("wb") as log:
-        command = [sys.executable, "-m", "tinyvlm.toy.web_server", "--port", str(options.web_port)]
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tinyvlm.toy.web_server", "--port", str(options.web_port)]
+    server = start_beside(command, environment, log_path)
     try:
         wait_for(f"{base_url}/healthz", 30, f"The local picture server did not start; see {log_path}.")
         # A closed port for "connection refused"; port 1 (tcpmux) is never open on a laptop.
@@ -193,6 +192,8 @@ def require_easy_vqa() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    # A polite kill puts things away, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(options)
     except TinyVLMError as error:

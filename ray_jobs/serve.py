@@ -32,6 +32,8 @@ from tinyvlm.serve.settings import ServeConfig
 APPLICATION = "tinyvlm"
 START_TIMEOUT_S = 600.0
 """Generous: large models load slowly, and a failure is told long before."""
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
+"""Serve ends a proxy that is not up within 5 s, which on a busy laptop it is not."""
 DEPLOYMENTS = ("ingress", "preprocess", "generate")
 
 log = logging.getLogger(__name__)
@@ -136,6 +138,7 @@ def _open_port(serve: Any, settings: ServeConfig) -> None:
         proxy_location="EveryNode",
         http_options={"host": settings.host, "port": settings.port},
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        controller_options={"runtime_env": {"env_vars": PATIENCE}},
     )
 
 

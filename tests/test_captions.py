@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tinyvlm.eval.captions import corpus_bleu, mean_published_bleu, published_bleu, tokenise
+from tinyvlm.eval.captions import cider, corpus_bleu, mean_published_bleu, published_bleu, rouge_l, tokenise
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,22 @@ def test_words_count_at_most_as_often_as_in_the_reference() -> None:
 def test_mismatched_lists_are_refused() -> None:
     with pytest.raises(ValueError, match="1 predictions"):
         corpus_bleu(["a"], [])
+
+
+def test_rouge_l_by_hand() -> None:
+    # The common subsequence "a red on ground" has 4 of 5 and 4 of 6 words; the other reference shares one.
+    score = rouge_l(["a red disc on ground"], [["a red circle is on ground", "ground"]])
+    precision, recall = 4 / 5, 1.0
+    assert score == pytest.approx(2.44 * precision * recall / (recall + 1.44 * precision))
+
+
+def test_cider_weighs_rare_words_and_is_zero_for_a_single_caption() -> None:
+    captions = ["a red circle on the left", "a blue square in the middle", "a green star at the top"]
+    references = [[caption] for caption in captions]
+    assert cider(captions, references) == pytest.approx(10)
+    assert cider(captions[:1], references[:1]) == 0
+    only_common = ["a the", "a the", "a the"]
+    assert cider(only_common, references) == pytest.approx(0)
+    one_right = [captions[0], captions[2], captions[1]]
+    assert 2 < cider(one_right, references) < 5
+    assert cider(["red circle", *captions[1:]], references) < cider(captions, references)

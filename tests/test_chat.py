@@ -59,7 +59,8 @@ def test_layout_is_llama_3s() -> None:
         f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{EXPANDED}what shape?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\ncircle<|eot_id|>"
     )
-    assert text_of(messages[:1], open_answer=True).endswith("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    opened = text_of(messages[:1], open_answer=True)
+    assert opened.endswith("what shape?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
 def test_supervision_covers_the_answers_and_their_ends() -> None:
@@ -101,7 +102,8 @@ def test_a_mark_says_where_the_picture_goes() -> None:
 
 @pytest.mark.parametrize(("text", "num_pictures"), [("none", 2), ("<IMGPLH>", 0), ("<IMGPLH> <IMGPLH>", 1)])
 def test_marks_and_pictures_must_agree(text: str, num_pictures: int) -> None:
-    with pytest.raises(InputError, match=f"has {text.count('<IMGPLH>')} <IMGPLH> and comes with {num_pictures} pictures"):
+    marks = text.count("<IMGPLH>")
+    with pytest.raises(InputError, match=f"has {marks} <IMGPLH> and comes with {num_pictures} pictures"):
         place_pictures(text, num_pictures)
 
 

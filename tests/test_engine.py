@@ -53,7 +53,7 @@ def test_greedy_answers_are_those_of_generate(engine: Engine, prompts: list[Samp
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_an_answer_does_not_depend_on_its_neighbours(engine: Engine, prompts: list[Sample], temperature: float) -> None:
+def test_an_answer_is_the_same_in_any_batch(engine: Engine, prompts: list[Sample], temperature: float) -> None:
     samplings = [
         Sampling(max_new_tokens=2 + row, temperature=temperature, seed=row, top_p=0.95) for row in range(len(prompts))
     ]
@@ -87,7 +87,7 @@ def test_draws_follow_the_probabilities() -> None:
 
     expected = (logits[0] / 0.7).softmax(0).tolist()
     assert frequencies(Sampling(temperature=0.7)) == pytest.approx(expected, abs=0.03)
-    top_2 = torch.tensor([0, 3.0, 0, 2.0]).masked_fill(torch.tensor([1, 0, 1, 0]).bool(), -torch.inf).softmax(0).tolist()
+    top_2 = torch.tensor([-torch.inf, 3.0, -torch.inf, 2.0]).softmax(0).tolist()
     assert frequencies(Sampling(temperature=1.0, top_k=2)) == pytest.approx(top_2, abs=0.03)
     # The likeliest has 0.64, the next 0.24: both are needed for 0.7.
     assert frequencies(Sampling(temperature=1.0, top_p=0.7)) == pytest.approx(top_2, abs=0.03)
@@ -145,7 +145,8 @@ def test_pieces_are_whole_characters_and_never_taken_back(built: Any) -> None:
 
 def test_a_picture_is_encoded_once(engine: Engine, built: Any) -> None:
     asked = [
-        built[1].encode(ask("what " * n, pictures=2), [picture(1), picture(n % 2)], open_answer=True) for n in range(1, 6)
+        built[1].encode(ask("what " * n, pictures=2), [picture(1), picture(n % 2)], open_answer=True)
+        for n in range(1, 6)
     ]
     first = engine.generate(asked, Sampling(max_new_tokens=3))
     assert engine.num_pictures_encoded == 2
@@ -232,7 +233,14 @@ def test_no_samples_no_answers(engine: Engine, prompts: list[Sample]) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", 2.5), ("top_p", 0.0), ("top_k", -1), ("stop", ("",))],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", 2.5),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("stop", ("",)),
+    ],
 )
 def test_wrong_sampling_is_refused_by_name(setting: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{setting} is ") as caught:

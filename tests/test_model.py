@@ -120,7 +120,8 @@ def test_the_grid_keeps_its_orientation(built: Built) -> None:
     side = int(NUM_IMAGE_TOKENS**0.5)
     for image, grows in ((down, "down"), (down.T, "right")):
         grid = model.encode_pictures(image.expand(1, 3, SIDE, SIDE))[0, :, 0].reshape(side, side)
-        along, across = (grid.diff(dim=0), grid.diff(dim=1)) if grows == "down" else (grid.diff(dim=1), grid.diff(dim=0))
+        grid = grid if grows == "down" else grid.T
+        along, across = grid.diff(dim=0), grid.diff(dim=1)
         assert (along > 0.1).all()
         torch.testing.assert_close(across, torch.zeros_like(across), atol=1e-4, rtol=0)
 
@@ -137,7 +138,8 @@ def test_logits_are_those_of_the_parts_composed_by_hand(built: Built, folder: Pa
     inputs = inputs_of(samples[0])
     with torch.no_grad():
         patches = clip.vision_model(inputs["pixel_values"]).last_hidden_state[:, 1:]
-        pooled = torch.nn.functional.avg_pool2d(patches.transpose(1, 2).unflatten(2, (8, 8)), 4).flatten(2).transpose(1, 2)
+        grid = patches.transpose(1, 2).unflatten(2, (8, 8))
+        pooled = torch.nn.functional.avg_pool2d(grid, 4).flatten(2).transpose(1, 2)
         c = model.connector
         rows = c.down_proj(torch.nn.functional.silu(c.gate_proj(pooled)) * c.up_proj(pooled))
         embeds = language.get_input_embeddings()(inputs["input_ids"])
@@ -412,7 +414,8 @@ def test_the_plain_connector_has_two_layers(tmp_path: Path) -> None:
     c = model.connector
     expected = c.down_proj(torch.nn.functional.gelu(c.up_proj(features)))
     torch.testing.assert_close(c(features), expected)
-    assert sorted(dict(c.named_parameters())) == ["down_proj.bias", "down_proj.weight", "up_proj.bias", "up_proj.weight"]
+    names = {name for name, _ in c.named_parameters()}
+    assert names == {"down_proj.bias", "down_proj.weight", "up_proj.bias", "up_proj.weight"}
     model.save_pretrained(tmp_path / "m")
     processor.save_pretrained(tmp_path / "m")
     assert torch.equal(load(tmp_path / "m")[0].connector(features), c(features))
@@ -449,19 +452,19 @@ def test_wrong_settings_are_refused_at_once(change: dict[str, Any], message: str
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) -> None:
     config = save_parts(tmp_path)
-    with pytest.raises(ConfigError, match=r"tower_size is 64, but the vision tower reads 32×32; set picture.tower_size=32"):
+    with pytest.raises(ConfigError, match=r"tower_size is 64, .* reads 32×32; set picture.tower_size=32"):
         build(config, PictureConfig(size=48, tower_size=64))
     with pytest.raises(ConfigError, match=r"is 9, but the vision tower has 8×8 patches; use one of 1, 4, 16, 64"):
         build(dataclasses.replace(config, num_image_tokens=9), PICTURE)
     for part, what in (("vision", "vision tower"), ("language", "language model"), ("tokenizer", "tokenizer")):
         with pytest.raises(CheckpointError, match=rf"The {what} .*nowhere.* cannot be loaded .*HF_TOKEN"):
             build(dataclasses.replace(config, **{part: str(tmp_path / "nowhere")}), PICTURE)
-    with pytest.raises(CheckpointError, match="vision tower .* (lacks|cannot be loaded)"):
+    with pytest.raises(CheckpointError, match=r"vision tower .* (lacks|cannot be loaded)"):
         build(dataclasses.replace(config, vision=config.language), PICTURE)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         load(tmp_path)
     with pytest.raises(CheckpointError, match="holds a model of type 'llama'"):
         load(save_parts(tmp_path).language)
@@ -469,5 +472,5 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "broken")
     processor.save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="model .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"model .* cannot be loaded"):
         load(tmp_path / "broken")

@@ -156,11 +156,16 @@ def decode_as(data: bytes, limits: LimitConfig) -> tuple[str, Image.Image]:
     form = _format(image)
     try:
         image.load()
-        return form, _to_rgb(_upright(image))
+        return form, as_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like on damaged bytes
         raise ImageError("undecodable", f"{form}: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as `decode` gives it: upright, in RGB."""
+    return _to_rgb(_upright(image))
 
 
 def fit_of(width: int, height: int, picture: PictureConfig) -> Fit:

@@ -5,9 +5,9 @@
                                                               at or above the threshold: status "placeholder"
     sha256 ──────────────▶ the same picture behind many links:                         status "placeholder"
 
-Features and CLS are taken before the final layer norm.  The similarity is stored on every row, so that another threshold can be
-tried without encoding again.  Pooling is the model's own (`tinyvlm.model.modeling.pool_patches`): cached and live
-features are the same numbers.
+Features and CLS are taken before the final layer norm.  The similarity is stored on every row, so that another
+threshold can be tried without encoding again.  Pooling is the model's own (`tinyvlm.model.modeling.pool_patches`):
+cached and live features are the same numbers.
 
 Shapes: N pictures, S side of the tower's input, P patches, K image tokens, D width of the tower, R references.
 """

@@ -3,8 +3,8 @@
     repeated_pictures    the same bytes behind many different links             (cheap: only the columns sha256 and url)
     reference_pictures   drawn cards; the vision tower tells how near to one a picture comes       (clip.py, encode.py)
 
-The references are drawn by this code, so they carry nobody's rights; users add their own as files.  How near is too near
-depends on the tower and on the pictures, and has to be measured (see the encode stage's review sheet).
+The references are drawn by this code, so they carry nobody's rights; users add their own as files.  How near is too
+near depends on the tower and on the pictures, and has to be measured (see the encode stage's review sheet).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""How close captions come to reference captions: BLEU-1..4 in two ways that must not be confused.
+"""How close captions come to reference captions: corpus BLEU, CIDEr and ROUGE-L, and a BLEU of another kind.
 
-    text ──tokenise──▶ tokens ──n-grams──▶ corpus_bleu      counts summed over all captions, closest reference length
-                                     └───▶ published_bleu   the published system's way: a sentence score, averaged
+    text ──tokenise──▶ tokens ─┬─▶ corpus_bleu      counts summed over all captions, closest reference length
+                               ├─▶ cider            n-grams weighted by how rare they are among the references
+                               ├─▶ rouge_l          longest common subsequence, averaged
+                               └─▶ published_bleu   the published system's way: a sentence score, averaged
 
-`corpus_bleu` is what the COCO caption tools compute, on tokens in the manner of the Penn Treebank with punctuation
-dropped; it is the figure to compare with others.  `published_bleu` is NLTK's sentence BLEU with its smoothing method 1;
-a mean of it is neither corpus BLEU nor comparable to it, and is reported under its own name only.
+The first three are what the COCO caption tools compute, on tokens in the manner of the Penn Treebank with punctuation
+dropped; they are the figures to compare with others.  `published_bleu` is NLTK's sentence BLEU with its smoothing
+method 1; a mean of it is neither corpus BLEU nor comparable to it, and is reported under its own name only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 ORDERS = (1, 2, 3, 4)
+CIDER_SIGMA = 6.0
+"""Width of CIDEr-D's penalty for captions of another length."""
+ROUGE_BETA = 1.2
+"""How much more recall weighs than precision."""
 
 Bleu = tuple[float, float, float, float]
 """BLEU-1 to BLEU-4, each 0 … 1."""
@@ -56,10 +62,7 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]])
     Raises:
         ValueError: the lists differ in length, or a prediction has no reference.
     """
-    if len(predictions) != len(references) or not all(references):
-        raise ValueError(
-            f"{len(predictions)} predictions came with {len(references)} lists of references, or one is empty."
-        )
+    _check_lists(predictions, references)
     matched, offered = [0] * 4, [0] * 4
     length = wanted_length = 0
     for prediction, options in zip(predictions, references, strict=True):
@@ -78,6 +81,61 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]])
     return _four([math.prod(precisions[:order]) ** (1 / order) * penalty for order in ORDERS])
 
 
+def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D of a corpus, 0 … 10: TF-IDF vectors of 1- to 4-grams, clipped, with a penalty for another length.
+
+    How rare an n-gram is, is counted over the references given here, so the figure belongs to this set of captions;
+    for a single caption every weight is zero.
+
+    Raises:
+        ValueError: as `corpus_bleu`.
+    """
+    _check_lists(predictions, references)
+    tokens = [
+        ([tokenise(option) for option in options], tokenise(mine))
+        for mine, options in zip(predictions, references, strict=True)
+    ]
+    seen_in: Counter[tuple[str, ...]] = Counter()
+    for others, _ in tokens:
+        seen_in.update({ngram for other in others for order in ORDERS for ngram in _ngrams(other, order)})
+    most = math.log(max(1, len(predictions)))
+
+    def weigh(words: Sequence[str], order: int) -> dict[tuple[str, ...], float]:
+        return {n: count * (most - math.log(max(1, seen_in[n]))) for n, count in _ngrams(words, order).items()}
+
+    total = 0.0
+    for others, mine in tokens:
+        vectors = [weigh(mine, order) for order in ORDERS]
+        for other in others:
+            close = sum(
+                _clipped_cosine(vector, weigh(other, order)) for order, vector in zip(ORDERS, vectors, strict=True)
+            )
+            # The COCO tools measure length in pairs of words.
+            difference = max(0, len(mine) - 1) - max(0, len(other) - 1)
+            total += close / 4 * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2)) / len(others)
+    return 10 * total / max(1, len(predictions))
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean ROUGE-L, 0 … 1: best precision and best recall among the references, recall weighing more.
+
+    Raises:
+        ValueError: as `corpus_bleu`.
+    """
+    _check_lists(predictions, references)
+    total = 0.0
+    for prediction, options in zip(predictions, references, strict=True):
+        tokens = tokenise(prediction) or [""]
+        pairs = [
+            (_common_length(tokens, other), len(other)) for other in (tokenise(option) or [""] for option in options)
+        ]
+        precision = max(common for common, _ in pairs) / len(tokens)
+        recall = max(common / length for common, length in pairs)
+        if precision and recall:
+            total += (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+    return total / max(1, len(predictions))
+
+
 def published_bleu(prediction: str, reference: str) -> Bleu:
     """Sentence BLEU-1..4 with NLTK's smoothing method 1, as the published system reports it (punctuation kept)."""
     tokens, other = tokenise(prediction, punctuation=True), tokenise(reference, punctuation=True)
@@ -93,6 +151,30 @@ def mean_published_bleu(predictions: Sequence[str], references: Sequence[str]) -
     """The mean over captions of `published_bleu`; zeros for no captions."""
     scores = [published_bleu(mine, theirs) for mine, theirs in zip(predictions, references, strict=True)]
     return _four([sum(score[order - 1] for score in scores) / max(1, len(scores)) for order in ORDERS])
+
+
+def _check_lists(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if len(predictions) != len(references) or not all(references):
+        raise ValueError(
+            f"{len(predictions)} predictions came with {len(references)} lists of references, or one is empty."
+        )
+
+
+def _clipped_cosine(mine: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float]) -> float:
+    """Cosine of two vectors in which no entry of the first counts for more than the second's."""
+    product = sum(min(weight, other[ngram]) * other[ngram] for ngram, weight in mine.items() if ngram in other)
+    norm = math.sqrt(sum(w * w for w in mine.values()) * sum(w * w for w in other.values()))
+    return product / norm if norm else 0.0
+
+
+def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(other) + 1)
+    for word in one:
+        before = 0
+        for column, candidate in enumerate(other, 1):
+            before, row[column] = row[column], before + 1 if word == candidate else max(row[column], row[column - 1])
+    return row[-1]
 
 
 def _four(values: Sequence[float]) -> Bleu:

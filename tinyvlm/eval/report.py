@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from tinyvlm import schema
 from tinyvlm.data.prepare import messages_of
 from tinyvlm.data.samples import rows_by_key, sheet_item
-from tinyvlm.eval.captions import corpus_bleu, mean_published_bleu
+from tinyvlm.eval.captions import cider, corpus_bleu, mean_published_bleu, rouge_l
 from tinyvlm.eval.vqa import BlindGuesser, is_right, normalise
 from tinyvlm.stage import scan
 
@@ -100,7 +100,7 @@ def _num_unasked(prepared: Path) -> int:
 
 
 def _caption_scores(captions: Sequence[Row]) -> dict[str, Any]:
-    """BLEU on the 0 … 1 scale; 0 when there are no captions."""
+    """BLEU and ROUGE-L on the 0 … 1 scale, CIDEr on its own; 0 when there are no captions."""
     answers = [row["answer"] for row in captions]
     references = [row["meta"].get("references") or [row["truth"]] for row in captions]
     scores = corpus_bleu(answers, references) if captions else (0.0,) * 4
@@ -110,6 +110,8 @@ def _caption_scores(captions: Sequence[Row]) -> dict[str, Any]:
     )
     return {
         **{f"bleu_{order}": round(score, 4) for order, score in enumerate(scores, 1)},
+        "cider": round(cider(answers, references), 4),
+        "rouge_l": round(rouge_l(answers, references), 4),
         "published_sentence_bleu": {f"bleu_{order}": round(score, 4) for order, score in enumerate(published, 1)},
         "num_captions": len(captions),
         "captions_equal_to_a_reference": _share(exact, len(captions)),

@@ -312,7 +312,7 @@ def _opened(picture: Image.Image) -> Image.Image:
     if 0 in picture.size:
         raise InputError(f"A picture is {picture.width}×{picture.height} pixels; it must have some.", field="images")
     try:
-        return images._to_rgb(images._upright(picture))
+        return images.as_rgb(picture)
     except OSError as error:  # Pillow reads the file only now
         raise images.ImageError("undecodable", str(error)) from error
 

@@ -4,11 +4,14 @@
            │                                                         └─ patches, 8×8→4×4 ─▶ cell loss
            └─ claims_and_caption ─▶ caption
 
-Two losses, added.  (1) The symmetric contrastive loss of CLIP with a learned temperature, where *every* caption that is true
-of a picture counts as a match (a batch of 64 small scenes is full of captions that fit several pictures).  (2) A cell
-loss: two linear heads, thrown away afterwards, read from each cell of the pooled last hidden state which kind of thing and
-which colour lies there.  In plain CLIP the last layer's patch outputs get no gradient; these are what the connector of the
-vision-language model reads, so without (2) they would be what chance left there.
+Two losses, added.  (1) The symmetric contrastive loss of CLIP with a learned temperature, where *every* caption that is
+true of a picture counts as a match (a batch of 64 small scenes is full of captions that fit several pictures).  (2) A cell
+loss: two linear heads, thrown away afterwards, read from each cell of the pooled last hidden state which kind of thing
+and which colour lies there.  In plain CLIP the last layer's patch outputs get no gradient; these are what the connector of
+the vision-language model reads, so without (2) they would be what chance left there.
+
+Most of a small scene is empty.  The first four fifths of the steps therefore show the tower only the 24 busiest of the 64
+patches (as FLIP, arXiv 2212.00794, does with random ones), which is three times faster; the rest show all of them.
 
 Legend: B pictures, P = 64 patches, C = 16 cells, D = 128 width, L caption tokens.
 """
@@ -42,6 +45,11 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's own normalisation (openai/clip-vit-large-patch14-336, preprocessor_config.json)."""
 
+PATCH = 8
+NUM_PATCHES = (SIDE // PATCH) ** 2
+SPARSE = 24
+"""Patches per picture in the first, cheaper part of the training."""
+
 GRID = 4
 """Cells per side after pooling: 16 image tokens."""
 
@@ -53,11 +61,12 @@ CELL_COLORS = ("nothing", *COLORS)
 class ClipRun:
     """How long and how fast to train; the defaults made the shipped weights."""
 
-    steps: int = 2200
+    steps: int = 2400
+    sparse_share: float = 0.8
     batch: int = 64
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2.5e-3
     weight_decay: float = 0.05
-    warmup: int = 50
+    warmup: int = 100
     cell_weight: float = 1.0
     keep_every: int = 200
     seed: int = 0
@@ -84,7 +93,7 @@ def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
     }  # fmt: skip
     vision = {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": SIDE,
-        "patch_size": 8, "projection_dim": 128, "hidden_act": "quick_gelu",
+        "patch_size": PATCH, "projection_dim": 128, "hidden_act": "quick_gelu",
     }  # fmt: skip
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
 
@@ -106,7 +115,8 @@ def train_clip(
     began = time.monotonic()
     for step in range(run.steps):
         batch = make_batch(rng, run.batch)
-        contrast, cell, hits = _losses(model, heads, words, batch)
+        num_patches = SPARSE if step < run.sparse_share * run.steps else NUM_PATCHES
+        contrast, cell, hits = _losses(model, heads, words, batch, num_patches)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(contrast + run.cell_weight * cell)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -187,23 +197,51 @@ def _labels(thing: Thing) -> tuple[int, int]:
     return CELL_KINDS.index(kind), CELL_COLORS.index(thing.color)
 
 
+def busy_patches(pixels: Tensor, num: int) -> Tensor:
+    """Indices (B, num) of the patches with most to see: edges first, then flat ones unlike the picture's median."""
+    size, across = PATCH, SIDE // PATCH
+    patches = pixels.float().unfold(2, size, size).unfold(3, size, size).reshape(len(pixels), 3, across**2, size**2)
+    mean, spread = patches.mean(-1), patches.std(-1)
+    unlike = (mean - mean.median(dim=2, keepdim=True).values).abs()
+    score = (spread + 0.2 * unlike).sum(1)
+    return (score + torch.rand_like(score)).topk(num, dim=1).indices
+
+
+def look(model: CLIPModel, pixels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the vision tower on the CLS and the `kept` patches (B, n) alone.
+
+    Returns:
+        The pooled CLS (B, D), the cell means of the kept patches (B, C, D), and how many were kept in each cell (B, C).
+    """
+    tower = model.vision_model
+    hidden = tower.pre_layrnorm(tower.embeddings(normalise(pixels)))
+    width = hidden.shape[-1]
+    chosen = hidden[:, 1:].gather(1, kept.unsqueeze(-1).expand(-1, -1, width))
+    hidden = tower.encoder(inputs_embeds=torch.cat([hidden[:, :1], chosen], dim=1)).last_hidden_state
+    across, fold = SIDE // PATCH, SIDE // PATCH // GRID
+    cell = kept // across // fold * GRID + kept % across // fold
+    sums = hidden.new_zeros(len(kept), GRID**2, width)
+    sums = sums.scatter_add(1, cell.unsqueeze(-1).expand(-1, -1, width), hidden[:, 1:])
+    counts = torch.zeros(len(kept), GRID**2).scatter_add(1, cell, torch.ones_like(cell, dtype=torch.float))
+    return tower.post_layernorm(hidden[:, 0]), sums / counts.clamp(min=1).unsqueeze(-1), counts
+
+
 def _losses(
-    model: CLIPModel, heads: nn.ModuleList, words: PreTrainedTokenizerFast, batch: Batch
+    model: CLIPModel, heads: nn.ModuleList, words: PreTrainedTokenizerFast, batch: Batch, num_patches: int
 ) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Contrastive loss, cell loss, and the shares of occupied cells whose kind and colour are read rightly."""
-    vision = model.vision_model(pixel_values=normalise(batch.pixels))
+    pooled, features, counts = look(model, batch.pixels, busy_patches(batch.pixels, num_patches))
     tokens = words(batch.captions, padding=True, return_tensors="pt")
     text = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-    images_BD = F.normalize(model.visual_projection(vision.pooler_output), dim=-1)
+    images_BD = F.normalize(model.visual_projection(pooled), dim=-1)
     texts_BD = F.normalize(model.text_projection(text.pooler_output), dim=-1)
     logits = model.logit_scale.exp() * images_BD @ texts_BD.T
     true = torch.tensor([[claim <= known for claim in batch.claims] for known in batch.facts]).float()
     contrast = (_soft_entropy(logits, true) + _soft_entropy(logits.T, true.T)) / 2
-    features = pool_patches(vision.last_hidden_state)
     loss, hits = features.new_zeros(()), []
     for index, head in enumerate(heads):
         guess, label = head(features).flatten(0, 1), batch.cells[..., index].flatten()
-        weight = torch.where(label > 0, 1.0, 0.25)  # most cells are empty
+        weight = torch.where(label > 0, 1.0, 0.25) * (counts.flatten() > 0)  # most cells are empty
         loss = loss + (F.cross_entropy(guess, label, reduction="none") * weight).sum() / weight.sum()
         hits.append(float((guess.argmax(-1) == label)[label > 0].float().mean()))
     return contrast, loss, (hits[0], hits[1])

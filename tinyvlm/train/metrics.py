@@ -1,6 +1,6 @@
 """The numbers of a run: `metrics.jsonl`, one line a step, only ever appended to.
 
-    {"attempt": 1, "time": …, "workers": 2}          each start of the run
+    {"attempt": 1, "workers": 2, …}                  each start of the run
     {"step": 1, "loss": …, "rates": {…}, …}          each step; of those that a resume repeated, the last one counts
     {"step": 20, "held_out_loss": …}                  each evaluation
 
@@ -10,6 +10,7 @@ Goodput is the share of working time that advanced the plan: seconds in steps th
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ class MetricsFile:
         if cut_off:
             self._file.write("\n")
         attempt = len(read(path).attempts) + 1
-        self._write({"attempt": attempt, "time": time.time(), "workers": workers})
+        self._write({"attempt": attempt, "time": time.time(), "workers": workers, "pid": os.getpid()})
 
     def step(self, record: StepRecord) -> None:
         """Note one step."""

@@ -1,0 +1,131 @@
+"""Training stages over a real local Ray: the same as in one process, also when a worker is killed; errors in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import PICTURE, save_parts
+from training_data import prepare_folder, rows
+
+from tinyvlm import config
+from tinyvlm.errors import DataError
+from tinyvlm.train import metrics
+from tinyvlm.train.run import TrainingRun, open_run, run_local
+from tinyvlm.train.settings import Rates, TrainConfig
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+CONFIG = TrainConfig(
+    families={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0},
+    rates=Rates(vision=1e-4, connector=1e-4, language=1e-4),
+    packs_per_step=3,
+    pack_length=256,
+    samples_per_pack=0,
+    epochs=40,
+    steps=8,
+    warmup_steps=2,
+    precision="fp32",
+    checkpoint_every_steps=2,
+    eval_every_steps=4,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One local Ray for all tests of this file; `run_training` finds and uses it."""
+    from ray_jobs import _cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with _cluster.connected():
+            yield
+
+
+def stage(root: Path, made: list[dict[str, Any]] | None = None, **changes: Any) -> TrainingRun:
+    parts = save_parts(root / "parts")
+    prepare_folder(root, made or rows())
+    recipe = {"model": config.to_dict(parts), "picture": config.to_dict(PICTURE)}
+    return open_run("pretrain", dataclasses.replace(CONFIG, **changes), recipe, [root], root)
+
+
+def losses(run: TrainingRun) -> list[float]:
+    numbers = metrics.read(run.folder / "metrics.jsonl")
+    return [line["loss"] for line in numbers.steps] + [line["held_out_loss"] for line in numbers.held_out]
+
+
+def test_two_ray_workers_give_what_one_process_gives(tmp_path: Path) -> None:
+    from ray_jobs import _run_training
+
+    alone, together = stage(tmp_path / "alone"), stage(tmp_path / "together")
+    run_local(alone)
+    manifest = _run_training.run_training(together, 2)
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert manifest.extra["metrics"]["steps"] == 8
+    progress = json.loads((together.folder / "progress.json").read_text())
+    assert (progress["state"], progress["step"], progress["steps"]) == ("done", 8, 8)
+    started = time.perf_counter()
+    assert _run_training.run_training(together, 2) == manifest
+    assert time.perf_counter() - started < 1, "finished is told at once"
+
+
+def test_a_killed_worker_is_a_pause(tmp_path: Path) -> None:
+    from ray_jobs import _run_training
+
+    run = stage(tmp_path, steps=60)
+    killed = threading.Event()
+
+    def kill_when_under_way() -> None:
+        path = run.folder / "metrics.jsonl"
+        while not killed.is_set():
+            lines = metrics.read(path)
+            if len(lines.steps) >= 5:
+                os.kill(lines.attempts[-1]["pid"], signal.SIGKILL)
+                killed.set()
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill_when_under_way, daemon=True)
+    thread.start()
+    _run_training.run_training(run, 2)
+    assert killed.is_set()
+    numbers = metrics.read(run.folder / "metrics.jsonl")
+    assert len(numbers.attempts) == 2
+    assert [line["step"] for line in numbers.steps] == list(range(1, 61))
+    run_local(straight := stage(tmp_path / "straight", steps=60))
+    assert losses(run)[:20] == pytest.approx(losses(straight)[:20], abs=1e-4)
+
+
+def test_what_a_worker_says_ends_the_run_at_once(tmp_path: Path) -> None:
+    from ray_jobs import _run_training
+
+    made = rows()
+    for row in made[10:]:
+        for image in row["images"]:
+            image["bytes"] = image["bytes"][:200]
+    run = stage(tmp_path, made)
+    with pytest.raises(DataError, match=r"A picture of conversation \d+ cannot be decoded"):
+        _run_training.run_training(run, 2)
+    assert not run.is_finished
+    assert len(metrics.read(run.folder / "metrics.jsonl").attempts) == 1, "it would fail again"
+
+
+def test_a_missing_input_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    command = [sys.executable, "-m", "ray_jobs.sft", "--recipe", "tiny", "--input", "in", "--output", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: sft reads the folder of 'prepare', but found none")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
