@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,8 +90,8 @@ def run_rows(
     if job.dry_run:
         with tempfile.TemporaryDirectory(prefix="tinyvlm-plan-") as scratch:
             source = open_rows(Path(scratch)) if open_rows else open_input(stage, job.inputs)
-            run = StageRun(stage, source, job.output)
-            show_plan(stage.name, job, _run_stage.plan(run, job.workers, resources))
+            source = replace(source, folders={"--input": str(job.inputs[0])}) if open_rows else source
+            show_plan(stage.name, job, _run_stage.plan(StageRun(stage, source, job.output), job.workers, resources))
         return None
     if open_rows:  # it writes, so what can be known to fail must fail before
         _cluster.check_address()
@@ -102,12 +102,16 @@ def run_rows(
     was_finished = run.is_finished
     manifest = _run_stage.run_stage(run, job.workers, resources)
     if not was_finished:
-        statuses = ", ".join(f"{name} {count:,}" for name, count in manifest.statuses.items())
-        log.info(
-            "%s finished: %s rows in %.1f s (%s)", stage.name, f"{manifest.rows_out:,}", manifest.seconds, statuses
-        )
-        log.info("%s: %s", stage.name, run.folder)
+        _say_what_came(run, manifest)
     return manifest
+
+
+def _say_what_came(run: StageRun, manifest: Manifest) -> None:
+    statuses = ", ".join(f"{name} {count:,}" for name, count in manifest.statuses.items())
+    rows = f"{manifest.rows_out:,} rows in {manifest.seconds:.1f} s{f' ({statuses})' if statuses else ''}"
+    log.info("%s finished: %s\n%s%s", manifest.stage, rows, " " * 9, run.folder)
+    if not manifest.rows_out:
+        log.warning("%s had nothing to work on: the stage before left no row with status ok", manifest.stage)
 
 
 def show_plan(stage_name: str, job: Job, plan: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar, cast
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
@@ -42,9 +41,10 @@ def application(model_folder: str, settings: ServeConfig) -> serve.Application:
     )
     generate = _deployment(Generate, settings.generate, settings, 2 * settings.max_batch)
     ingress = _deployment(serve.ingress()(Ingress), settings.ingress, settings, settings.max_queue + HEADROOM)
-    return ingress.options(name="Ingress").bind(
+    joined: serve.Application = ingress.options(name="Ingress").bind(
         preprocess.bind(model_folder, settings), generate.bind(model_folder, settings), settings
     )
+    return joined
 
 
 def _deployment(kind: type, replicas: ReplicaConfig, settings: ServeConfig, max_ongoing: int) -> Any:
@@ -153,7 +153,7 @@ def _warm_up(engine: Any, processor: Any) -> None:
 class Ingress:
     """The web app, asking the other two."""
 
-    def __init__(self, preprocess: DeploymentHandle, generate: DeploymentHandle, settings: ServeConfig) -> None:
+    def __init__(self, preprocess: Any, generate: Any, settings: ServeConfig) -> None:
         self._backend, self._settings = RayBackend(preprocess, generate), settings
         # Ray's own handlers show warnings; the reason of a 500 must be among them.
         logging.getLogger("tinyvlm").setLevel(logging.WARNING)
@@ -163,9 +163,9 @@ class Ingress:
 
 
 class RayBackend:
-    """`tinyvlm.serve.backend.Backend` over deployment handles."""
+    """`tinyvlm.serve.backend.Backend` over two `DeploymentHandle`s."""
 
-    def __init__(self, preprocess: DeploymentHandle, generate: DeploymentHandle) -> None:
+    def __init__(self, preprocess: Any, generate: Any) -> None:
         self._preprocess, self._generate = preprocess, generate
         self._streaming = generate.options(stream=True)
         self._was_ready = False

@@ -58,7 +58,7 @@ class Progress:
         """`download 12/31 parts · 3,072 rows · 2,100 ok · 410 rows/s`, of this run's parts."""
         seconds = max(time.monotonic() - self._started, 1e-3)
         speed = self.rows / seconds
-        words = [f"{self.stage} {self.num_done}/{self.num_parts} parts"]
+        words = [f"{self.stage} {self.num_done}/{many(self.num_parts, 'part')}"]
         if self.rows:
             words += [f"{self.rows:,} rows", f"{self.counts[OK]:,} ok", f"{speed:,.{0 if speed >= 10 else 1}f} rows/s"]
         return " · ".join(words)
@@ -92,3 +92,8 @@ class Progress:
             write_atomic(self.folder / "progress.json", json.dumps(self.content()))
         except OSError as error:  # it is only for looking at
             log.debug("progress.json was not written: %s", error)
+
+
+def many(count: int, thing: str) -> str:
+    """`1 part`, `1,200 parts`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from ray_jobs import _cluster
 from ray_jobs._cluster import StageResources
-from ray_jobs._progress import Progress
+from ray_jobs._progress import Progress, many
 from tinyvlm import errors
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest, Part, PartResult, write_atomic
@@ -82,28 +82,35 @@ class PartWorker:
     def __init__(self, payload: bytes, lease_number: int, num_threads: int) -> None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(num_threads)
-        self.run: StageRun = pickle.loads(payload)
         self.lease_number, self.num_threads = lease_number, num_threads
+        try:
+            self.run: StageRun | dict[str, Any] = pickle.loads(payload)
+        except Exception as error:  # said as an answer: raised here it would come as sixty lines of Ray's
+            said = f"The workers cannot load the stage ({type(error).__name__}: {error}); "
+            remedy = "submit the job with --working-dir, or install tinyvlm on every node."
+            self.run = _failure(StageError(said + remedy))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        answers = [self._answer(Part(**json.loads(text))) for text in batch["part"]]
+        run = self.run
+        parts = [Part(**json.loads(text)) for text in batch["part"]]
+        answers = [run if isinstance(run, dict) else self._answer(run, part) for part in parts]
         return {"answer": [json.dumps(answer) for answer in answers]}
 
-    def _answer(self, part: Part) -> dict[str, Any]:
+    def _answer(self, run: StageRun, part: Part) -> dict[str, Any]:
         if "torch" in sys.modules:  # a library may have set its own count since
             sys.modules["torch"].set_num_threads(self.num_threads)
         try:
-            attempts = _count_attempt(self.run, part)
+            attempts = _count_attempt(run, part)
             if attempts > MAX_ATTEMPTS:
                 raise StageError(
-                    f"{self.run.stage.name} lost {MAX_ATTEMPTS} workers in part {part.index} ({part.path}): each was "
+                    f"{run.stage.name} lost {MAX_ATTEMPTS} workers in part {part.index} ({part.path}): each was "
                     "killed or crashed, often for want of memory; try fewer --workers or look at that part."
                 )
-            result = self.run.work(part, self.lease_number)
-            _attempts_file(self.run, part).unlink(missing_ok=True)
+            result = run.work(part, self.lease_number)
+            _attempts_file(run, part).unlink(missing_ok=True)
             return dataclasses.asdict(result)
         except TinyVLMError as error:
-            return {"error": str(error), "kind": type(error).__name__, "traceback": traceback.format_exc()}
+            return _failure(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +126,7 @@ class _Pool:
     def execute(self, parts: list[Part], lease_number: int) -> Iterator[PartResult]:
         """Results in the order in which parts end."""
         name, folder = self.run.stage.name, self.run.folder
-        log.info("%s: %d parts to do, %d workers of %s", name, len(parts), self.size, self.resources)
+        log.info("%s: %s to do by %s of %s", name, many(len(parts), "part"), many(self.size, "worker"), self.resources)
         num_done = len(self.run.source.parts) - len(parts)
         progress = Progress(name, folder, len(self.run.source.parts), num_done)
         with progress, contextlib.closing(self._answers(parts, lease_number)) as answers:
@@ -159,9 +166,14 @@ class _Pool:
 
 
 def quieten(data: Any) -> None:
-    """No progress bars and no plan in the log: the stage has a line of its own.  Takes the module `ray.data`."""
+    """No progress bars, plans and traces in the log: the stage has lines of its own.  Takes the module `ray.data`.
+
+    Ray Data's own log file stays as it is: it is the place to look when something hangs.
+    """
     data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 def _nothing(parts: list[Part], lease_number: int) -> Iterable[PartResult]:
@@ -179,6 +191,10 @@ def _count_attempt(run: StageRun, part: Part) -> int:
     with path.open("ab") as file:
         file.write(b"x")
         return file.tell()
+
+
+def _failure(error: TinyVLMError) -> dict[str, Any]:
+    return {"error": str(error), "kind": type(error).__name__, "traceback": traceback.format_exc()}
 
 
 def _revive(answer: Mapping[str, str]) -> TinyVLMError:

@@ -146,7 +146,7 @@ def _trainer(training: TrainingRun, lease_number: int, size: int, resources: Sta
 def _stop_on_error_file(path: Path) -> Any:
     from ray.train import UserCallback
 
-    class StopOnErrorFile(UserCallback):  # type: ignore[misc]
+    class StopOnErrorFile(UserCallback):
         """A worker that failed on purpose would fail again: raising in the controller ends the run."""
 
         def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:

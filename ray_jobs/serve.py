@@ -134,12 +134,14 @@ def _open_port(serve: Any, settings: ServeConfig) -> None:
         serve.shutdown()
     else:
         require_free(settings)
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": settings.host, "port": settings.port},
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-        controller_options={"runtime_env": {"env_vars": PATIENCE}},
-    )
+    # Serve itself waits a minute for its proxy; whether it comes later is seen below, where we wait for the endpoint.
+    with contextlib.suppress(TimeoutError):
+        serve.start(
+            proxy_location="EveryNode",
+            http_options={"host": settings.host, "port": settings.port},
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+            controller_options={"runtime_env": {"env_vars": PATIENCE}},
+        )
 
 
 def _resources(settings: ServeConfig) -> dict[str, Any]:

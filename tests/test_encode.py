@@ -113,6 +113,10 @@ def test_settings_that_do_not_fit_the_tower_say_what_to_set(config: EncodeConfig
         Encode(dataclasses.replace(config, feature_width=64), PICTURE)(rows)
     with pytest.raises(ConfigError, match=r"set picture.tower_size=32"):
         Encode(config, dataclasses.replace(PICTURE, tower_size=64))(rows)
+    with pytest.raises(ConfigError, match=r"set encode.feature_width=32"):
+        Encode(dataclasses.replace(config, feature_width=64), PICTURE).check()
+    with pytest.raises(CheckpointError, match=r"encode.vision is '/nowhere'"):
+        Encode(dataclasses.replace(config, vision="/nowhere"), PICTURE).check()
     with pytest.raises(CheckpointError, match=r"encode.vision is '/nowhere'"):
         Encode(dataclasses.replace(config, vision="/nowhere"), PICTURE)(rows)
 

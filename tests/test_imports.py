@@ -17,7 +17,10 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("tinyvlm",)],
     [("errors",)],
     [("config",), ("schema",)],
-    [("stage", "folders", "lease", "report", "charts"), ("images",), ("chat",), ("labels",), ("toy.paths",)],
+    [
+        ("stage", "folders", "lease", "report", "charts"),
+        *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths",)),
+    ],
     [("model",)],
     [("generation",), ("data",)],
     [("train",), ("eval",), ("serve",)],
@@ -33,7 +36,7 @@ LIGHT = (
     *("tinyvlm", "tinyvlm.errors", "tinyvlm.config", "tinyvlm.schema", "tinyvlm.chat", "tinyvlm.cli", "tinyvlm.report"),
     *("tinyvlm.stage", "tinyvlm.images", "tinyvlm.data.download", "tinyvlm.data.preprocess", "tinyvlm.data.prepare"),
     *("tinyvlm.data.encode", "tinyvlm.data.explore", "tinyvlm.eval.answers", "tinyvlm.serve.app"),
-    *("ray_jobs._cluster", "ray_jobs._progress", "ray_jobs._run_stage"),
+    *("tinyvlm.recipes", "ray_jobs._cli", "ray_jobs._cluster", "ray_jobs._progress", "ray_jobs._run_stage"),
 )
 """What must start quickly: a worker that downloads does not carry torch."""
 

@@ -140,7 +140,9 @@ def test_any_number_of_workers_gives_the_same_losses(bench: Bench, world: int) -
 
 def test_how_packs_are_batched_makes_no_difference(bench: Bench) -> None:
     one_by_one = dataclasses.replace(GENTLE, packs_per_batch=1)
-    assert bench.losses(one_by_one) == pytest.approx(bench.losses(dataclasses.replace(GENTLE, packs_per_batch=3)), abs=1e-5)
+    assert bench.losses(one_by_one) == pytest.approx(
+        bench.losses(dataclasses.replace(GENTLE, packs_per_batch=3)), abs=1e-5
+    )
 
 
 def test_it_learns(bench: Bench) -> None:
@@ -186,7 +188,9 @@ def test_a_frozen_module_comes_out_bit_identical(bench: Bench, frozen: str) -> N
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.run()
     assert list(trainer.policy.finish()) == [frozen]
-    changed = {name.split(".")[0] for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name.split(".")[0] for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {"vision", "connector", "language"} - {frozen}
 
 
@@ -230,7 +234,9 @@ def test_without_bitsandbytes_the_8_bit_optimizer_is_refused(bench: Bench, monke
         bench.trainer(dataclasses.replace(CONFIG, optimizer="adamw8bit"))
 
 
-@pytest.mark.parametrize(("schedule", "half", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "half", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
 def test_learning_rates_warm_up_and_fall(schedule: Any, half: float, end: float) -> None:
     settings = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=10)
     factors = [rate_factor(settings, step, 1010) for step in range(1010)]
@@ -285,7 +291,9 @@ def test_three_stages_one_after_another(tmp_path: Path) -> None:
         manifest = run_local(run)
         assert verify(run.folder) == []
         assert manifest.rows_in == sum(manifest.statuses.values())
-        assert set(manifest.extra["frozen"]) == {part for part in ("vision", "language") if not getattr(RATES[name], part)}
+        assert set(manifest.extra["frozen"]) == {
+            part for part in ("vision", "language") if not getattr(RATES[name], part)
+        }
         assert json.loads((run.folder / "stats.json").read_text())["held_out_loss"] > 0
         assert "<svg" in (run.folder / "report.html").read_text()
         assert f"after the stage `{name}`" in (run.folder / "model" / "README.md").read_text()

@@ -351,6 +351,21 @@ def test_answers_contain_no_control_tokens(built: Built, prompts: list[Sample]) 
         assert not set(row) & set(processor.silent_ids)
 
 
+def test_embeddings_may_take_the_place_of_tokens(built: Built, prompts: list[Sample]) -> None:
+    model, batch = built[0], built[1].collate(prompts[1:2])  # without pictures
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    out = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], max_new_tokens=8)
+    assert out.tolist() == new_tokens(model, batch)
+
+
+def test_eager_attention_gives_the_same(built: Built, samples: list[Sample]) -> None:
+    model = copy.deepcopy(built[0])
+    expected = model(**packed(samples)).loss
+    model.set_attn_implementation("eager")
+    assert {part.config._attn_implementation for part in (model, model.vision, model.language)} == {"eager"}
+    torch.testing.assert_close(model(**packed(samples)).loss, expected)
+
+
 # -- saving, loading, building ---------------------------------------------------------------------------------------
 
 

@@ -67,7 +67,9 @@ def test_a_pack_loses_what_its_samples_lose_alone(parts: Parts, layout: list[lis
 def test_changing_one_sample_leaves_its_neighbours_alone(parts: Parts) -> None:
     model, processor = parts
     first, middle, last = samples(processor)[0], samples(processor)[1], samples(processor)[3]
-    other = processor.encode([*ask("is there a circle?", pictures=2), Message("assistant", ("no",))], [picture(98), picture(99)])
+    other = processor.encode(
+        [*ask("is there a circle?", pictures=2), Message("assistant", ("no",))], [picture(98), picture(99)]
+    )
 
     def hidden(pack: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = assemble([pack], processor.pad_id)

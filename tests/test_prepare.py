@@ -15,7 +15,7 @@ from tiny_model import picture
 
 from tinyvlm import schema
 from tinyvlm.chat import check_pictures, check_turns
-from tinyvlm.data.prepare import Prepare, PrepareConfig, messages_of
+from tinyvlm.data.prepare import Ledger, Prepare, PrepareConfig, messages_of
 from tinyvlm.data.sources import CAPTION_PROMPTS
 from tinyvlm.data.sources.easy_vqa import COLORS, SHAPES, EasyVQA, Question, read_facts
 from tinyvlm.errors import ConfigError, DataError
@@ -206,9 +206,9 @@ def test_questions_left_out_by_the_settings_are_counted_too() -> None:
     config = dataclasses.replace(CONFIG, turns_per_conversation=0)
     stage = Prepare(config, EasyVQA(config, world()))
     rows = [row for row in stage(encoded(all_pictures())).to_pylist() if row["status"] == "ok"]
-    from tinyvlm.data.prepare import account
-
-    told = account(stage.source.num_questions(), rows)["train"]
+    ledger = Ledger(stage.source.num_questions())
+    ledger.enter([row["family"] for row in rows], [row["meta"] for row in rows])
+    told = ledger.account()["train"]
     assert told["prepared"] == 2 * NUM_TRAIN
     assert told["not_drawn"] == told["in_source"] - told["prepared"]
 

@@ -1,4 +1,4 @@
-"""Training stages over a real local Ray: the same as in one process, also when a worker is killed; errors in a sentence."""
+"""Training over a real local Ray: the same as in one process, also when a worker is killed; errors in a sentence."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from tinyvlm.toy import probe
 from tinyvlm.toy.paths import weights_dir
 from tinyvlm.toy.scenes import COLORS, KINDS, cell_things
 from tinyvlm.toy.tokenizer import load_tokenizer, train_tokenizer, with_ends
-from tinyvlm.toy.train_clip import make_batch, pool_patches
-from tinyvlm.toy.world import NUMBERS, caption, claims_and_caption, describe, draw, facts, questions, sample_scene
+from tinyvlm.toy.train_clip import make_batch, pool_patches, to_pixels
+from tinyvlm.toy.world import NUMBERS, claims_and_caption, describe, draw, facts, questions, sample_scene
 
 SPECIAL = (*chat.LLAMA_TOKENS, *chat.IMAGE_TOKENS)
 
@@ -89,7 +89,9 @@ def test_cells_hold_the_things_that_lie_there() -> None:
         assert set(found) - {None} == set(scene.things)
 
 
-@pytest.mark.parametrize("text", ["is there not a teal circle?", "Grüße, 漢字, مرحبا 🙂\t\r\n\n x  ", "", " \u200b<|eot", "\x00\x7f"])
+@pytest.mark.parametrize(
+    "text", ["is there not a teal circle?", "Grüße, 漢字, مرحبا 🙂\t\r\n\n x  ", "", " \u200b<|eot", "\x00\x7f"]
+)
 def test_any_text_comes_back(text: str) -> None:
     tokenizer = load_tokenizer(weights_dir("tokenizer"))
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -99,7 +101,11 @@ def test_special_tokens_are_single_and_stable() -> None:
     tokenizer = AutoTokenizer.from_pretrained(weights_dir("tokenizer"))
     assert [tokenizer(name)["input_ids"] for name in SPECIAL] == [[index] for index in range(len(SPECIAL))]
     assert tokenizer.decode(list(range(len(SPECIAL))), skip_special_tokens=True) == ""
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (chat.BEGIN_OF_TEXT, chat.END_OF_TURN, chat.PAD)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        chat.BEGIN_OF_TEXT,
+        chat.END_OF_TURN,
+        chat.PAD,
+    )
     assert tokenizer.chat_template == chat.CHAT_TEMPLATE
     assert len(tokenizer("\n\n")["input_ids"]) == 1
     assert with_ends(tokenizer)("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -137,7 +143,7 @@ def test_the_shipped_clip_tells_shapes_and_colours_apart(clip: CLIPModel) -> Non
     tokenizer = load_tokenizer(weights_dir("tokenizer"))
     scenes = probe.held_out_scenes(random.Random(77), 150)
     names = [(probe.SHAPES.index(s.things[0].kind), probe.SHADES.index(s.things[0].color)) for s in scenes]
-    right = probe.zero_shot(clip, tokenizer, probe.to_pixels([draw(scene) for scene in scenes]), torch.tensor(names))
+    right = probe.zero_shot(clip, tokenizer, to_pixels([draw(scene) for scene in scenes]), torch.tensor(names))
     assert right["shape"] > 0.85
     assert right["color"] > 0.9
 
@@ -165,7 +171,9 @@ def test_the_shipped_language_model_answers_from_a_description() -> None:
     llm = LlamaForCausalLM.from_pretrained(weights_dir("llm"), dtype=torch.float32).eval()
     tokenizer = load_tokenizer(weights_dir("llm"))
     user = "A picture shows a small teal circle on the left. is there a red shape?"
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         output = llm.generate(ids, max_new_tokens=4)[0, ids.shape[1] :]

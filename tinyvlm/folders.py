@@ -88,7 +88,8 @@ class Manifest:
     rows_out: int
     statuses: dict[str, int]
     files: dict[str, Any]
-    """name → {"rows", "bytes", "sha256", "content"} of each data file (see `describe_part`)."""
+    """name → {"rows", "bytes", "sha256", "content"} of each data file (see `describe_part`); with a / in its name, a
+    file elsewhere in the folder."""
     seconds: float
     created: str
     tinyvlm_version: str

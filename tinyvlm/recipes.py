@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tinyvlm import config
+from tinyvlm.architecture import ModelConfig
 from tinyvlm.data.download import DownloadConfig
 from tinyvlm.data.encode import EncodeConfig
 from tinyvlm.data.explore import ExploreConfig
@@ -25,7 +26,6 @@ from tinyvlm.data.prepare import PrepareConfig
 from tinyvlm.errors import ConfigError
 from tinyvlm.eval.answers import EvaluateConfig
 from tinyvlm.images import LimitConfig, PictureConfig
-from tinyvlm.model.build import ModelConfig
 from tinyvlm.serve.settings import ServeConfig
 from tinyvlm.train.settings import Rates, TrainConfig
 

@@ -24,8 +24,9 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 from transformers.utils import logging
 
 from tinyvlm import images
+from tinyvlm.data import towers
 from tinyvlm.data.placeholder import reference_pictures
-from tinyvlm.errors import CheckpointError, ConfigError
+from tinyvlm.errors import CheckpointError
 from tinyvlm.images import ImageError, LimitConfig, PictureConfig
 from tinyvlm.model.configuration import check_grid
 from tinyvlm.model.modeling import pool_patches
@@ -42,13 +43,9 @@ class Tower:
         self.config = config
         self.model = _load(CLIPVisionModel, config.vision, config.dtype, "encode.vision")
         shape = self.model.config
-        _check_size(shape, picture, "encode.vision")
+        towers.check_size(shape.to_dict(), picture, "encode.vision")
+        towers.check_width(shape.to_dict(), config.feature_width, "encode.vision")
         check_grid(config.num_image_tokens, shape.image_size // shape.patch_size)
-        if shape.hidden_size != config.feature_width:
-            raise ConfigError(
-                f"encode.feature_width is {config.feature_width}, but {config.vision!r} is {shape.hidden_size} wide; "
-                f"set encode.feature_width={shape.hidden_size}."
-            )
         drawn = [_pixels_of(image, picture) for image in reference_pictures(config.references)]
         self.references = _unit(self._hidden(np.stack(drawn))[:, 0])
 
@@ -71,8 +68,8 @@ class Labeller:
 
     def __init__(self, config: ExploreConfig, picture: PictureConfig, texts: Sequence[str]) -> None:
         self.model = _load(CLIPModel, config.model, config.dtype, "explore.model")
-        _check_size(self.model.config.vision_config, picture, "explore.model")
-        tokenizer = AutoTokenizer.from_pretrained(_place(config.model))
+        towers.check_size(self.model.config.vision_config.to_dict(), picture, "explore.model")
+        tokenizer = AutoTokenizer.from_pretrained(towers.place(config.model))
         with torch.inference_mode():
             self.texts = torch.cat(
                 [self._encode_texts(tokenizer, texts[i : i + 256]) for i in range(0, len(texts), 256)]
@@ -130,15 +127,6 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def _place(name: str) -> str:
-    """A local folder or hub id; "toy:…" names packaged weights."""
-    if not name.startswith("toy:"):
-        return name
-    from tinyvlm.toy.paths import resolve
-
-    return str(resolve(name))
-
-
 def _load(kind: Any, name: str, dtype: str, setting: str) -> Any:
     """A frozen CLIP model on the accelerator, or on the CPU where there is none.
 
@@ -147,7 +135,9 @@ def _load(kind: Any, name: str, dtype: str, setting: str) -> Any:
     """
     try:
         with _quiet():
-            model, report = kind.from_pretrained(_place(name), dtype=getattr(torch, dtype), output_loading_info=True)
+            model, report = kind.from_pretrained(
+                towers.place(name), dtype=getattr(torch, dtype), output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -174,11 +164,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _check_size(vision_config: Any, picture: PictureConfig, setting: str) -> None:
-    if vision_config.image_size != picture.tower_size:
-        raise ConfigError(
-            f"picture.tower_size is {picture.tower_size}, but {setting} reads {vision_config.image_size} px; "
-            f"set picture.tower_size={vision_config.image_size}."
-        )

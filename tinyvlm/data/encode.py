@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from tinyvlm import config as settings_of
 from tinyvlm import schema
+from tinyvlm.data import towers
 from tinyvlm.data.placeholder import DESIGNS, repeated_pictures
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import ConfigError
@@ -93,6 +94,13 @@ class Encode(Stage):
     def from_recipe(cls, recipe: Recipe) -> Encode:
         """The stage with a recipe's settings."""
         return cls(recipe.encode, recipe.picture)
+
+    def check(self) -> None:
+        """The tower fits the settings, as far as can be known without loading it."""
+        shape = towers.local_shape(self.config.vision, "encode.vision")
+        if shape is not None:
+            towers.check_size(shape, self.picture, "encode.vision")
+            towers.check_width(shape, self.config.feature_width, "encode.vision")
 
     @cached_property
     def tower(self) -> Tower:

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from tinyvlm import config as settings_of
 from tinyvlm import schema
+from tinyvlm.data import towers
 from tinyvlm.data.encode import Dtype
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import ConfigError
@@ -79,6 +80,12 @@ class Explore(Stage):
     def from_recipe(cls, recipe: Recipe) -> Explore:
         """The stage with a recipe's settings."""
         return cls(recipe.explore, recipe.picture)
+
+    def check(self) -> None:
+        """The towers fit the settings, as far as can be known without loading them."""
+        shape = towers.local_shape(self.config.model, "explore.model")
+        if shape is not None:
+            towers.check_size(shape, self.picture, "explore.model")
 
     @cached_property
     def labeller(self) -> Labeller:

@@ -34,6 +34,10 @@ KEYS_PER_ROW = 1000
 """How many conversations one picture may have; a conversation's key tells its picture's."""
 
 
+QUESTIONS = ("vqa", "multi_turn")
+"""Families in which the source's questions are asked about a picture."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """What is said about each picture, and what is held out."""
@@ -117,33 +121,67 @@ class Prepare(Stage):
 
     def statistics(self, folder: Path) -> dict[str, Any]:
         """Conversations per family and split, the account of all questions, answers, and examples."""
-        columns = ("status", "source_key", "family", "split", "messages", "meta")
-        rows = [row for table in scan(folder, columns) for row in table.to_pylist()]
-        usable = [row for row in rows if row["status"] == schema.OK]
-        counted = Counter((row["family"], row["split"]) for row in usable)
-        answers = Counter(
-            message["parts"][0]["text"]
-            for row in usable
-            if row["family"] in ("vqa", "multi_turn") and row["split"] != "test"
-            for message in row["messages"]
-            if message["role"] == "assistant"
-        )
-        top = answers.most_common(30)
+        counted: Counter[tuple[str, str]] = Counter()
+        answers: Counter[str] = Counter()
+        ledger = Ledger(self.source.num_questions())
+        num_pictures = 0
+        for table in scan(folder, ("source_key", "family", "split", "messages", "meta"), only_ok=True):
+            counted.update(zip(table["family"].to_pylist(), table["split"].to_pylist(), strict=True))
+            num_pictures += len(pc.unique(table["source_key"]))
+            ledger.enter(table["family"].to_pylist(), table["meta"].to_pylist())
+            asked = pc.and_(pc.is_in(table["family"], pa.array(QUESTIONS)), pc.not_equal(table["split"], "test"))
+            for column in table["messages"].filter(asked).to_pylist():
+                answers.update(message.text for message in messages_of(column) if message.role == "assistant")
+        present = [(family, split) for family in FAMILIES for split in SPLITS if counted[family, split]]
         return {
             "conversations": {family: {split: counted[family, split] for split in SPLITS} for family in FAMILIES},
-            "num_pictures": len({row["source_key"] for row in usable}),
-            "questions": account(self.source.num_questions(), usable),
+            "num_pictures": num_pictures,
+            "questions": ledger.account(),
             "charts": [
-                _family_chart(counted),
-                {
-                    "kind": "bar",
-                    "title": "Answers in training",
-                    "labels": [word for word, _ in top],
-                    "values": [number for _, number in top],
-                },
+                _bars("Conversations", [(f"{family}, {split}", counted[family, split]) for family, split in present]),
+                _bars("Answers in training", answers.most_common(24)),
             ],
             **_examples(folder),
         }
+
+
+class Ledger:
+    """Where each question of the source's own list has gone.
+
+    Args:
+        in_source: split of the data set → picture → how many questions it has.
+    """
+
+    def __init__(self, in_source: Mapping[str, Mapping[int, int]]) -> None:
+        self._in_source = in_source
+        self._asked: dict[str, set[int]] = {split: set() for split in in_source}
+        self._arrived: dict[str, set[int]] = {split: set() for split in in_source}
+
+    def enter(self, families: Sequence[str], metas: Sequence[str | None]) -> None:
+        """Note usable conversations."""
+        if not self._in_source:
+            return
+        for family, text in zip(families, metas, strict=True):
+            meta = _parse(text)
+            if meta.get("set") in self._asked:
+                self._arrived[meta["set"]].add(meta["image_id"])
+                if family in QUESTIONS:
+                    self._asked[meta["set"]].update(meta["questions"])
+
+    def account(self) -> dict[str, dict[str, int]]:
+        """`prepared` + `not_drawn` (left out by the settings) + `picture_missing` = `in_source`, for each split."""
+        told = {}
+        for split, pictures in self._in_source.items():
+            missing = {picture: number for picture, number in pictures.items() if picture not in self._arrived[split]}
+            total, prepared = sum(pictures.values()), len(self._asked[split])
+            told[split] = {
+                "in_source": total,
+                "prepared": prepared,
+                "not_drawn": total - sum(missing.values()) - prepared,
+                "picture_missing": sum(missing.values()),
+                "pictures_missing": len(missing),
+            }
+        return told
 
 
 def open_source(config: PrepareConfig) -> Source:
@@ -157,42 +195,9 @@ def open_source(config: PrepareConfig) -> Source:
     return Captions(config)
 
 
-def account(in_source: Mapping[str, Mapping[int, int]], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Where each question of the source's own list has gone, for each of its splits.
-
-    `prepared` + `not_drawn` (picture there, question left out by the settings) + `picture_missing` = `in_source`.
-    """
-    asked: dict[str, set[int]] = {split: set() for split in in_source}
-    arrived: dict[str, set[int]] = {split: set() for split in in_source}
-    for row in rows:
-        meta = _parse(row["meta"])
-        if meta.get("set") in asked:
-            arrived[meta["set"]].add(meta["image_id"])
-            if row["family"] in ("vqa", "multi_turn"):
-                asked[meta["set"]].update(meta["questions"])
-    told = {}
-    for split, pictures in in_source.items():
-        total = sum(pictures.values())
-        missing = sum(number for picture, number in pictures.items() if picture not in arrived[split])
-        prepared = len(asked[split])
-        told[split] = {
-            "in_source": total,
-            "prepared": prepared,
-            "not_drawn": total - missing - prepared,
-            "picture_missing": missing,
-            "pictures_missing": sum(picture not in arrived[split] for picture in pictures),
-        }
-    return told
-
-
-def _family_chart(counted: Counter[tuple[str, str]]) -> dict[str, Any]:
-    present = [(family, split) for family in FAMILIES for split in SPLITS if counted[family, split]]
-    return {
-        "kind": "bar",
-        "title": "Conversations",
-        "labels": [f"{family}, {split}" for family, split in present],
-        "values": [counted[pair] for pair in present],
-    }
+def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    labels, values = [name for name, _ in counted], [number for _, number in counted]
+    return {"kind": "bar", "title": title, "labels": labels, "values": values}
 
 
 def _examples(folder: Path, per_family: int = 6) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from tinyvlm.model.build import ModelConfig, build, load
+from tinyvlm.architecture import ModelConfig
+from tinyvlm.model.build import build, load
 from tinyvlm.model.configuration import TinyVLMConfig
 from tinyvlm.model.modeling import TinyVLMForConditionalGeneration
 from tinyvlm.model.processing import Sample, TinyVLMProcessor

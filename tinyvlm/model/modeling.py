@@ -262,11 +262,20 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         return (total / max(count, 1) if reduction == "mean" else total), count
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,  # transformers looks for this name before it lets it in
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Hand pictures on only while their tokens are in `input_ids`: at first, and always without a cache."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("pixel_values", None)

@@ -54,7 +54,9 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         min_frequency=2,
-        special_tokens=[AddedToken(name, special=True, normalized=False) for name in (*chat.LLAMA_TOKENS, *chat.IMAGE_TOKENS)],
+        special_tokens=[
+            AddedToken(name, special=True, normalized=False) for name in (*chat.LLAMA_TOKENS, *chat.IMAGE_TOKENS)
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

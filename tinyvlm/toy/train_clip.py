@@ -1,17 +1,17 @@
 """Training of the tiny CLIP pair of towers on drawn pictures and their captions.
 
-    Scene ─┬─ draw ─ (often: enlarged, JPEG, shrunk) ─▶ vision tower ─┬─ CLS ─────────────▶ contrastive loss ◀─ text tower
-           │                                                         └─ patches, 8×8→4×4 ─▶ cell loss
-           └─ claims_and_caption ─▶ caption
+    Scene ─┬─ draw ─ (often: enlarged, JPEG, shrunk) ─▶ vision tower ─┬─ CLS ──────────▶ contrastive loss ◀─ text tower
+           │                                                         └─ patches, 4×4 ─▶ cell loss                 ▲
+           └─ claims_and_caption ─▶ caption ──────────────────────────────────────────────────────────────────────╯
 
 Two losses, added.  (1) The symmetric contrastive loss of CLIP with a learned temperature, where *every* caption that is
-true of a picture counts as a match (a batch of 64 small scenes is full of captions that fit several pictures).  (2) A cell
-loss: two linear heads, thrown away afterwards, read from each cell of the pooled last hidden state which kind of thing
-and which colour lies there.  In plain CLIP the last layer's patch outputs get no gradient; these are what the connector of
-the vision-language model reads, so without (2) they would be what chance left there.
+true of a picture counts as a match (a batch of 64 small scenes is full of captions that fit several pictures).  (2) A
+cell loss: two linear heads, thrown away afterwards, read from each cell of the pooled last hidden state which kind of
+thing and which colour lies there.  In plain CLIP the last layer's patch outputs get no gradient; these are what the
+connector of the vision-language model reads, so without (2) they would be what chance left there.
 
-Most of a small scene is empty.  The first four fifths of the steps therefore show the tower only the 24 busiest of the 64
-patches (as FLIP, arXiv 2212.00794, does with random ones), which is three times faster; the rest show all of them.
+Most of a small scene is empty.  The first four fifths of the steps therefore show the tower only the 24 busiest of the
+64 patches (as FLIP, arXiv 2212.00794, does with random ones), which is three times faster; the rest show all of them.
 
 Legend: B pictures, P = 64 patches, C = 16 cells, D = 128 width, L caption tokens.
 """
@@ -92,8 +92,8 @@ def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     vision = {
-        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": SIDE,
-        "patch_size": PATCH, "projection_dim": 128, "hidden_act": "quick_gelu",
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": SIDE, "patch_size": PATCH, "projection_dim": 128, "hidden_act": "quick_gelu",
     }  # fmt: skip
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
 
@@ -139,7 +139,10 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path
     copy.deepcopy(model).half().save_pretrained(folder)
     with_ends(tokenizer).save_pretrained(folder)
     CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
     ).save_pretrained(folder)
 
 

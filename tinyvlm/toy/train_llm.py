@@ -7,9 +7,9 @@ A scene reaches it in one of three ways, all through `chat.render`:
     plain   A picture shows a small teal circle at the top right. is there a red shape?             → no
 
 In the first way each `<Image_Token>` slot stands for one cell of a 4×4 grid and its embedding is the *sum* of the
-embeddings of the words that are true of that cell (the image token's own embedding where nothing lies).  So the model can
-read a picture written out in its own word embeddings, and the connector of the vision-language model has to learn no more
-than to write one.  No pixel is involved.  Loss: all on the assistant's words, a tenth on the other words, none on slots.
+embeddings of the words that are true of that cell (the image token's own embedding where nothing lies).  So the model
+can read a picture written out in its own word embeddings, and the connector of the vision-language model has to learn
+no more than to write one.  No pixel is involved.  Loss: 1 on the assistant's words, 0.1 on the others, 0 on slots.
 
 Legend: B conversations, T tokens, W = 4 words in one slot, V vocabulary.
 """
@@ -43,7 +43,8 @@ WAYS = ("cells", "words", "plain")
 
 _DESCRIBE = (
     "describe the image.", "describe the picture.", "what is in the picture?", "what do you see?", "write a caption.",
-    "what does the image show?", "give a short description of the image.", "caption this image.", "tell me what you see.",
+    "what does the image show?", "give a short description of the image.", "caption this image.",
+    "tell me what you see.",
 )  # fmt: skip
 _TALK = (
     ("hello", "Hello! Show me a picture and ask a question about it."),
@@ -140,7 +141,9 @@ def sample_conversation(rng: random.Random, tokenizer: PreTrainedTokenizerFast, 
     """A conversation of one to four questions about a described scene; 2 % are small talk without one."""
     if rng.random() < 0.02:
         question, answer = rng.choice(_TALK)
-        return encode([Message("user", (question,)), Message("assistant", (answer,))], None, "", tokenizer, other_weight)
+        return encode(
+            [Message("user", (question,)), Message("assistant", (answer,))], None, "", tokenizer, other_weight
+        )
     scene = sample_scene(rng)
     way = rng.choices(WAYS, (60, 20, 20))[0]
     turns = ask(scene, rng, rng.randint(1, 4), way)

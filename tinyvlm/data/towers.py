@@ -1,0 +1,69 @@
+"""Where a CLIP checkpoint lies and what shape its vision tower has, without loading weights (or torch).
+
+The stages check their settings with this before anything is written; hub ids are known only when they are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyvlm.errors import CheckpointError, ConfigError
+from tinyvlm.images import PictureConfig
+
+
+def place(name: str) -> str:
+    """A local folder or hub id; "toy:…" names packaged weights."""
+    if not name.startswith("toy:"):
+        return name
+    from tinyvlm.toy.paths import resolve
+
+    return str(resolve(name))
+
+
+def local_shape(name: str, setting: str) -> Mapping[str, Any] | None:
+    """The vision part of a local checkpoint's config.json; None for a hub id.
+
+    Raises:
+        CheckpointError: a local folder was meant, and there is none.
+    """
+    folder = Path(place(name))
+    try:
+        shape: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        if folder.is_absolute() or folder.exists() or name.startswith((".", "toy:")):
+            raise CheckpointError(
+                f"{setting} is {name!r}, but {folder} is no folder of CLIP weights ({error}); "
+                "give a local folder, a hub id or toy:clip."
+            ) from None
+        return None
+    return shape.get("vision_config", shape)
+
+
+def check_size(shape: Mapping[str, Any], picture: PictureConfig, setting: str) -> None:
+    """Refuse a tower that reads another size than pictures are brought to.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    reads = shape.get("image_size", 224)
+    if reads != picture.tower_size:
+        raise ConfigError(
+            f"picture.tower_size is {picture.tower_size}, but {setting} reads {reads} px; "
+            f"set picture.tower_size={reads}."
+        )
+
+
+def check_width(shape: Mapping[str, Any], feature_width: int, setting: str) -> None:
+    """Refuse a tower whose hidden states are not as wide as the column that takes them.
+
+    Raises:
+        ConfigError: naming both widths.
+    """
+    width = shape.get("hidden_size", 768)
+    if width != feature_width:
+        raise ConfigError(
+            f"encode.feature_width is {feature_width}, but {setting} is {width} wide; set encode.feature_width={width}."
+        )
