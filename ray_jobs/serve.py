@@ -84,9 +84,12 @@ def deploy(ray: Any, model_folder: Path, settings: ServeConfig) -> str:
     from ray_jobs._deployments import application
 
     _require_room(ray, settings)
-    _open_port(serve, settings)
+    # Serve waits a minute for its proxies and gives up; we see whether they come later, when we wait for the endpoint.
+    with contextlib.suppress(TimeoutError):
+        _open_port(serve, settings)
     target = serve.RunTarget(target=application(str(model_folder), settings), name=APPLICATION, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+    with contextlib.suppress(TimeoutError):
+        serve.run_many([target], wait_for_applications_running=False)
     deadline = time.monotonic() + START_TIMEOUT_S
     _wait_until_running(serve, deadline)
     url = address(settings)
@@ -134,14 +137,12 @@ def _open_port(serve: Any, settings: ServeConfig) -> None:
         serve.shutdown()
     else:
         require_free(settings)
-    # Serve itself waits a minute for its proxy; whether it comes later is seen below, where we wait for the endpoint.
-    with contextlib.suppress(TimeoutError):
-        serve.start(
-            proxy_location="EveryNode",
-            http_options={"host": settings.host, "port": settings.port},
-            logging_config={"enable_access_log": False, "log_level": "WARNING"},
-            controller_options={"runtime_env": {"env_vars": PATIENCE}},
-        )
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": settings.host, "port": settings.port},
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        controller_options={"runtime_env": {"env_vars": PATIENCE}},
+    )
 
 
 def _resources(settings: ServeConfig) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _wait_until_running(serve: Any, deadline: float) -> None:
             raise ClusterError(f"The endpoint did not start: {_reason(status)}")
         if time.monotonic() > deadline:
             raise ClusterError(f"The endpoint did not start in {START_TIMEOUT_S:.0f} s: {_reason(status)}")
-        time.sleep(0.1)
+        time.sleep(1.0)  # asking is not cheap: Ray answers with everything that it knows
 
 
 def _reason(status: Any) -> str:

@@ -194,6 +194,18 @@ def test_a_frozen_module_comes_out_bit_identical(bench: Bench, frozen: str) -> N
     assert changed == {"vision", "connector", "language"} - {frozen}
 
 
+def test_remembered_features_of_a_frozen_tower_change_nothing(bench: Bench) -> None:
+    settings = dataclasses.replace(GENTLE, rates=Rates(vision=0.0, connector=1e-4, language=1e-4))
+    remembering = dataclasses.replace(settings, feature_cache_mib=8)
+    assert bench.losses(remembering) == pytest.approx(bench.losses(settings), abs=1e-5)
+    trainer = bench.trainer(remembering)
+    trainer.run()
+    calls: list[int] = []
+    trainer.model.encode_pictures = lambda pixels: calls.append(len(pixels))
+    trainer.held_out_loss()
+    assert not calls, "all held-out pictures were seen by the evaluation at the end of the run"
+
+
 def test_a_frozen_weight_that_changed_is_noticed(bench: Bench) -> None:
     model = copy.deepcopy(bench.model)
     policy = FreezePolicy(model, Rates(vision=0.0, connector=1e-3), [])

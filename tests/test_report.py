@@ -136,6 +136,12 @@ def test_a_wrong_chart_is_told_in_its_place_and_the_page_stands(chart: dict[str,
         charts.chart(chart)
 
 
+def test_bins_that_grow_are_drawn_equally_wide_with_their_own_edges() -> None:
+    text = charts.chart({**HISTOGRAM, "edges": [1, 10, 100, 1000], "counts": [1, 2, 3]})
+    assert len({piece.split("'")[0] for piece in text.split(" width='")[1:]}) == 1
+    assert all(f">{edge}</text>" in text for edge in ("1", "10", "100", "1,000"))
+
+
 def test_a_line_is_drawn_with_few_points_and_keeps_its_last() -> None:
     text = charts.chart(LINE)
     points = text.split("points='")[1].split("'")[0].split()

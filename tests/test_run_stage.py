@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from toy_stages import Double, DoubleConfig, Spread, rows_of, start, write_numbe
 from ray_jobs import _cli, _cluster
 from ray_jobs._cluster import StageResources
 from ray_jobs._progress import Progress
-from ray_jobs._run_stage import MAX_ATTEMPTS, plan, run_stage
+from ray_jobs._run_stage import MAX_ATTEMPTS, PartWorker, plan, run_stage
 from tinyvlm.errors import ClusterError, ConfigError, StageError
 from tinyvlm.lease import Lease
 from tinyvlm.recipes import RECIPES
@@ -58,13 +60,6 @@ def test_a_killed_worker_is_replaced_and_its_part_done_again(local_ray: Any, tmp
     assert (tmp_path / "killed").exists()
     assert manifest.rows_out == 16
     assert not list(run.folder.rglob(".*")), "neither half parts nor counts of attempts are left"
-
-
-@pytest.mark.ray
-def test_a_part_that_kills_every_worker_ends_the_run(local_ray: Any, tmp_path: Path) -> None:
-    write_numbers(tmp_path)
-    with pytest.raises(StageError, match=rf"lost {MAX_ATTEMPTS} workers in part 2 .*fewer --workers"):
-        run_stage(start(tmp_path, double(fault="kill", fault_key=11)), 2, SMALL)
 
 
 @pytest.mark.ray
@@ -298,3 +293,28 @@ def test_an_input_that_is_written_first_is_not_written_in_vain(tmp_path: Path, m
         _cli.run_rows(job, double(), SMALL, open_rows)
     assert opened == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_kills_every_worker_ends_the_run(tmp_path: Path) -> None:
+    """Ray alone would start new workers for ever."""
+    write_numbers(tmp_path)
+    run = start(tmp_path, double())
+    part = {"part": [json.dumps(dataclasses.asdict(run.source.parts[2]))]}
+    worker = PartWorker(pickle.dumps(run.for_worker()), Lease.take(run.folder).number, 1)
+    attempts = run.folder / "data" / ".part-00002.parquet.attempts.tmp"
+    attempts.parent.mkdir()
+    attempts.write_bytes(b"x" * (MAX_ATTEMPTS - 1))
+    assert json.loads(worker(part)["answer"][0])["rows_in"] == 4
+    assert not attempts.exists(), "done, so no longer counted"
+    attempts.write_bytes(b"x" * MAX_ATTEMPTS)
+    answer = json.loads(worker(part)["answer"][0])
+    assert answer["error"].startswith(f"double lost {MAX_ATTEMPTS} workers in part 2 (")
+    assert "fewer --workers" in answer["error"]
+
+
+def test_a_worker_that_cannot_load_the_stage_says_so_in_one_sentence() -> None:
+    part = json.dumps({"index": 0, "path": "x", "offset": 0, "num_rows": 1})
+    answer = json.loads(PartWorker(b"no pickle", 1, 1)({"part": [part]})["answer"][0])
+    assert answer["kind"] == "StageError"
+    assert answer["error"].startswith("The workers cannot load the stage (")
+    assert "--working-dir" in answer["error"]

@@ -116,7 +116,8 @@ def test_leaving_frees_the_model(served: dict[str, Any], client: httpx.Client, s
     long = body(stream=stream, max_tokens=LONG)
     if stream:
         with client.stream("POST", "/v1/chat/completions", json=long) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             assert num_running() == 1
     else:
         with pytest.raises(httpx.ReadTimeout):

@@ -10,6 +10,7 @@ dark.  The classes used here are styled in report.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -95,13 +96,21 @@ def _histogram(content: Mapping[str, Any]) -> str:
         raise ValueError(f"A histogram of {len(counts)} counts has {len(counts) + 1} edges, not {len(edges)}.")
     if not counts:
         return "<p class='empty'>no values</p>"
-    frame = _Frame(edges[0], edges[-1], 0.0, max(counts) or 1.0)
-    parts = frame.axes(str(content.get("x_label", "")), str(content.get("y_label", "")))
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        x, width, y = frame.x(low), frame.x(high) - frame.x(low), frame.y(count)
+    # Bins that grow (1, 2, 4, …) are drawn equally wide, each with its own edges below it.
+    widths = [high - low for low, high in itertools.pairwise(edges)]
+    even = max(widths) - min(widths) <= 0.01 * (edges[-1] - edges[0])
+    places = edges if even else [float(index) for index in range(len(edges))]
+    frame = _Frame(places[0], places[-1], 0.0, max(counts) or 1.0)
+    step = -(-len(places) // 9)
+    marks = None if even else list(zip(places, edges, strict=True))[::step]
+    parts = frame.axes(str(content.get("x_label", "")), str(content.get("y_label", "")), marks)
+    for index, count in enumerate(counts):
+        x, y = frame.x(places[index]), frame.y(count)
+        width = frame.x(places[index + 1]) - x
         parts.append(
             f"<rect class='fill' x='{x + 0.5:.1f}' y='{y:.1f}' width='{max(0.6, width - 1):.1f}' "
-            f"height='{frame.y(0) - y:.1f}'><title>{number(low)} – {number(high)}: {number(count)}</title></rect>"
+            f"height='{frame.y(0) - y:.1f}'>"
+            f"<title>{number(edges[index])} – {number(edges[index + 1])}: {number(count)}</title></rect>"
         )
     return _svg(parts, HEIGHT)
 
@@ -160,7 +169,8 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - _BOTTOM - (HEIGHT - _BOTTOM - _TOP) * (value - self.y_low) / (self.y_high - self.y_low)
 
-    def axes(self, x_label: str, y_label: str) -> list[str]:
+    def axes(self, x_label: str, y_label: str, marks: Sequence[tuple[float, float]] | None = None) -> list[str]:
+        """Grid, axis, numbers and names; `marks` are (place, number) where the numbers below are no round ones."""
         parts = []
         for value in ticks(self.y_low, self.y_high, 4):
             y = self.y(value)
@@ -168,8 +178,8 @@ class _Frame:
             parts.append(f"<text class='tick' x='{_LEFT - 8}' y='{y + 4:.1f}' text-anchor='end'>{number(value)}</text>")
         base = HEIGHT - _BOTTOM
         parts.append(f"<line class='axis' x1='{_LEFT}' x2='{WIDTH - _RIGHT}' y1='{base}' y2='{base}'/>")
-        for value in ticks(self.x_low, self.x_high, 6):
-            x = self.x(value)
+        for place, value in marks or [(value, value) for value in ticks(self.x_low, self.x_high, 6)]:
+            x = self.x(place)
             parts.append(f"<text class='tick' x='{x:.1f}' y='{base + 17}' text-anchor='middle'>{number(value)}</text>")
         middle_x, middle_y = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + base) / 2
         parts.append(

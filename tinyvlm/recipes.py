@@ -152,7 +152,16 @@ def tiny() -> Recipe:
             ),
         ),
         explore=ExploreConfig(model="toy:clip", labels="toy", template="{description}", dtype="float32"),
-        encode=EncodeConfig(vision="toy:clip", num_image_tokens=16, feature_width=128, dtype="float32"),
+        encode=EncodeConfig(
+            vision="toy:clip",
+            num_image_tokens=16,
+            feature_width=128,
+            dtype="float32",
+            # Calibrated in benchmarks/placeholder.md; icons without words lie too near to plain shapes.
+            placeholder_threshold=0.68,
+            references=("no_image", "error_number", "removed", "question_mark", "coming_soon"),
+            repeated_links=3,
+        ),
         prepare=PrepareConfig(source="easy_vqa", validation_share=0.05),
         model=ModelConfig(
             vision="toy:clip", language="toy:llm", tokenizer="toy:tokenizer", num_image_tokens=16, connector_width=512

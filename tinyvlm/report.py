@@ -223,7 +223,8 @@ tr.good td.bar i{background:var(--good)}
 td.meaning{color:var(--soft)}code{font:13px ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
 .charts{columns:2 440px;column-gap:16px;margin:16px 0 0}.charts .chart{break-inside:avoid;margin-bottom:16px}
 figure{margin:0}.chart{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 16px}
-.chart figcaption{font-weight:600;font-size:14px;margin-bottom:8px}.chart svg{display:block;width:100%;height:auto}
+.chart figcaption{font-weight:600;font-size:14px;margin-bottom:8px}.chart svg{display:block;width:100%;height:auto;
+overflow:visible}
 svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}svg .label,svg .value{fill:var(--ink)}
 svg .grid{stroke:var(--rule);stroke-width:1}svg .axis{stroke:var(--soft);stroke-width:1}svg .fill{fill:var(--c0)}
 svg g:hover .fill,svg rect.fill:hover{opacity:.75}

@@ -39,7 +39,8 @@ def local_shape(name: str, setting: str) -> Mapping[str, Any] | None:
                 "give a local folder, a hub id or toy:clip."
             ) from None
         return None
-    return shape.get("vision_config", shape)
+    vision: Mapping[str, Any] = shape.get("vision_config", shape)
+    return vision
 
 
 def check_size(shape: Mapping[str, Any], picture: PictureConfig, setting: str) -> None:

@@ -27,7 +27,7 @@ from transformers import CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from tinyvlm.toy.scenes import Scene, draw, sample_scene
 from tinyvlm.toy.tokenizer import load_tokenizer, with_ends
 from tinyvlm.toy.train_clip import normalise, pool_patches, to_pixels
-from tinyvlm.toy.train_llm import WAYS, ask, converse, encode, logits_of
+from tinyvlm.toy.train_llm import WAYS, ask, converse, encode, guess
 
 log = logging.getLogger(__name__)
 
@@ -150,15 +150,15 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) 
         order = torch.randperm(len(train_x))
         for start in range(0, len(order), 128):
             rows = order[start : start + 128]
-            guess = probe(train_x[rows])
-            shape, color = guess[:, : len(SHAPES)], guess[:, len(SHAPES) :]
+            output = probe(train_x[rows])
+            shape, color = output[:, : len(SHAPES)], output[:, len(SHAPES) :]
             loss = F.cross_entropy(shape, train_y[rows, 0]) + F.cross_entropy(color, train_y[rows, 1])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
     with torch.inference_mode():
-        guess = probe(test_x)
-        shape, color = guess[:, : len(SHAPES)], guess[:, len(SHAPES) :]
+        output = probe(test_x)
+        shape, color = output[:, : len(SHAPES)], output[:, len(SHAPES) :]
     return {"shape": _share(shape.argmax(-1) == test_y[:, 0]), "color": _share(color.argmax(-1) == test_y[:, 1])}
 
 
@@ -188,11 +188,12 @@ def probe_llm(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, way: st
         scenes = [sample_scene(rng, num_things=rng.choice((1, 1, 1, 2, 3))) for _ in range(64)]
         turns = [ask(scene, rng, 1, way) for scene in scenes]
         samples = [
-            encode(converse(turn, scene, rng, way), scene, way, tokenizer, 0.0, rng)
+            encode(converse(turn, scene, rng, way), scene, way, tokenizer, rng)
             for turn, scene in zip(turns, scenes, strict=True)
         ]
-        logits, wanted, weights = logits_of(llm, samples)
-        hits = ((logits.argmax(-1) == wanted) | (weights != 1)).all(-1)
+        logits, wanted, weights, rows = guess(llm, samples)
+        wrong = (logits.argmax(-1) != wanted) & (weights == 1)
+        hits = torch.bincount(rows[wrong], minlength=len(samples)) == 0
         for turn, hit in zip(turns, hits.tolist(), strict=True):
             answer = turn[0][1]
             kind = "yes/no" if answer in ("yes", "no") else "word" if " " not in answer else "phrase"

@@ -20,13 +20,15 @@ from tinyvlm.toy.scenes import COLORS, KINDS, Notice, Scene, Thing, draw, sample
 
 __all__ = [
     "COLORS", "KINDS", "NUMBERS", "Claim", "Notice", "Scene", "Thing", "caption", "claims_and_caption", "describe",
-    "draw", "facts", "questions", "sample_scene",
+    "draw", "facts", "is_negated", "questions", "sample_scene",
 ]  # fmt: skip
 
 Claim = tuple[str, str, str, str]
 """(size, colour, name, place) of one thing, "" where nothing is said; also ("count", "two", "", "") and such."""
 
 NUMBERS = ("zero", "one", "two", "three", "four")
+
+NEGATIONS = (" not ", " no ", "n't", " lack ", " missing", " without ", " absent")
 
 _ALSO = {"square": "rectangle"}
 _UNSURE = {"ring": ("circle",), "diamond": ("square", "rectangle"), "rectangle": ("square",)}
@@ -168,6 +170,11 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
             asked.append(_relation(scene, rng))
     rng.shuffle(asked)
     return asked
+
+
+def is_negated(question: str) -> bool:
+    """Whether "yes" to this question of ours means that something is not there."""
+    return any(word in question for word in NEGATIONS)
 
 
 def _fill(template: str, bare: str) -> str:

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,9 @@ from tinyvlm.chat import Message, Part, Picture
 from tinyvlm.errors import DataError, InputError
 from tinyvlm.images import ImageError
 from tinyvlm.model.processing import Sample, TinyVLMProcessor
+from tinyvlm.train.features import Cache
 from tinyvlm.train.plan import LENGTHS, Item, Pack
 
-Value = TypeVar("Value")
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
@@ -109,30 +109,6 @@ def _measure_row(messages: Any, num_pictures: int, processor: TinyVLMProcessor) 
         return "bad_text", 0, 0
     learned = int(supervised[1:].sum())
     return (schema.OK if learned else "bad_text"), len(ids), learned
-
-
-class Cache(Generic[Value]):
-    """The most recently used values, up to a number of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._bytes = max_bytes, 0
-        self._values: OrderedDict[Any, tuple[Value, int]] = OrderedDict()
-
-    def get(self, key: Any) -> Value | None:
-        """The value, or None."""
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key][0]
-
-    def put(self, key: Any, value: Value, num_bytes: int) -> None:
-        """Keep a value; the longest unused ones go when there is no room."""
-        if key in self._values:
-            self._bytes -= self._values.pop(key)[1]
-        self._values[key] = (value, num_bytes)
-        self._bytes += num_bytes
-        while self._bytes > self._max_bytes and self._values:
-            self._bytes -= self._values.popitem(last=False)[1][1]
 
 
 class Conversations:

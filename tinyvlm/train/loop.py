@@ -23,6 +23,7 @@ import torch
 from tinyvlm.errors import DataError
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
+from tinyvlm.train.features import FrozenTower
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
@@ -76,6 +77,8 @@ class Trainer:
         self.parameters = self.policy.parameters()
         self.gradients = Gradients(self.parameters.values())
         self.optimizer = make_optimizer(self.policy, self.config)
+        remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
+        self.tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
         self.steps_done = 0
 
     def run(self, state: State | None = None) -> None:
@@ -160,11 +163,17 @@ class Trainer:
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 labels=batch.labels,
-                pixel_values=batch.pixel_values,
+                **self._pictures(batch),
                 loss_reduction="sum",
                 use_cache=False,
             )
         return output.loss, output.num_supervised
+
+    def _pictures(self, batch: Batch) -> dict[str, torch.Tensor | None]:
+        """The pictures of a batch, or what the frozen tower makes of them."""
+        if self.tower is None or batch.pixels is None:
+            return {"pixel_values": batch.pixel_values}
+        return {"image_features": self.tower(batch.pixels)}
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":

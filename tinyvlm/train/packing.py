@@ -52,14 +52,19 @@ class Batch:
     """(B,T) int64"""
     labels: Tensor
     """(B,T) int64, IGNORED where nothing is learned"""
-    pixel_values: Tensor | None
-    """(N,3,S,S) float32, pictures in the order in which their tokens stand, row by row; None without any"""
+    pixels: Tensor | None
+    """(N,S,S,3) uint8, pictures in the order in which their tokens stand, row by row; None without any"""
+
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """(N,3,S,S) float32, as the vision tower reads them; made where `pixels` lie."""
+        return None if self.pixels is None else normalise(self.pixels)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
+        pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
         return Batch(ids, positions, self.labels.to(device, non_blocking=True), pixels)
 
@@ -80,5 +85,5 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
             labels[row, start] = IGNORED
         positions[row, end:] = np.arange(length - end)
     pictures = [sample.pixels for pack in packs for sample in pack if len(sample.pixels)]
-    pixels = normalise(np.concatenate(pictures)) if pictures else None
+    pixels = torch.from_numpy(np.concatenate(pictures)) if pictures else None
     return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), pixels)

@@ -72,6 +72,8 @@ class TrainConfig:
     """Packs that go through the model at once on one worker."""
     cache_mib: int = speed(256)
     """Memory of each worker for encoded samples."""
+    feature_cache_mib: int = speed(0)
+    """Memory of each worker for what a frozen vision tower made of pictures; they come again if epochs are many."""
 
     def __post_init__(self) -> None:
         unknown = set(self.families) - set(FAMILIES)
@@ -84,6 +86,6 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         for name in ("warmup_steps", "steps", "samples_per_pack", "weight_decay", "clip", "max_validation", "cache_mib",
-                     "checkpoint_every_steps", "eval_every_steps"):  # fmt: skip
+                     "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
