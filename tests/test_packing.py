@@ -16,7 +16,7 @@ from tinyvlm.errors import DataError
 from tinyvlm.model import Sample, TinyVLMForConditionalGeneration, TinyVLMProcessor
 from tinyvlm.train import plan
 from tinyvlm.train.data import Conversations, data_files, measure, messages_of
-from tinyvlm.train.packing import IGNORED, Batch, assemble
+from tinyvlm.train.packing import IGNORED, Batch, assemble, group
 
 torch.set_num_threads(1)
 
@@ -87,6 +87,14 @@ def test_changing_one_sample_leaves_its_neighbours_alone(parts: Parts) -> None:
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
+def test_batches_keep_to_packs_and_tokens() -> None:
+    packs = [[plan.Item(0, 0, 0, 0, tokens, 0, 1)] for tokens in (100, 90, 60, 30, 30, 30, 30, 10)]
+    by_tokens = [[pack[0].tokens for pack in batch] for batch in group(packs, 3, 200)]
+    assert by_tokens == [[100, 90], [60, 30, 30], [30, 30, 10]]
+    assert [len(batch) for batch in group(packs, 3, 0)] == [3, 3, 2]
+    assert [len(batch) for batch in group(packs, 9, 1)] == [1] * 8
+
+
 def test_pictures_stand_in_the_order_of_their_tokens(parts: Parts) -> None:
     model, processor = parts
     each = samples(processor)
@@ -100,7 +108,7 @@ def test_pictures_stand_in_the_order_of_their_tokens(parts: Parts) -> None:
     assert len(wanted) == len(batch.pixel_values)
 
 
-def test_only_answers_carry_loss_and_padding_is_a_run_of_its_own(parts: Parts) -> None:
+def test_only_answers_carry_loss_and_padding_goes_on_counting(parts: Parts) -> None:
     _, processor = parts
     each = samples(processor)
     batch = assemble([[each[2]], [each[0], each[1]]], processor.pad_id)
@@ -108,7 +116,7 @@ def test_only_answers_carry_loss_and_padding_is_a_run_of_its_own(parts: Parts) -
     torch.testing.assert_close(batch.labels[batch.labels != IGNORED], supervised)
     assert len(supervised) == sum(int(each[n].supervised.sum()) for n in (0, 1, 2))
     end = len(each[2].input_ids)
-    assert batch.position_ids[0, end:].tolist() == list(range(batch.input_ids.shape[1] - end))
+    assert batch.position_ids[0, end:].tolist() == list(range(end, batch.input_ids.shape[1]))
     assert set(batch.input_ids[0, end:].tolist()) == {processor.pad_id}
 
 

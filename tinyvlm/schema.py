@@ -39,7 +39,11 @@ MEASURED = {b"measured": b"true"}
 
 
 def _row(*fields: pa.Field) -> pa.Schema:
-    outcome = (pa.field("key", pa.int64(), False), pa.field("status", pa.string(), False), pa.field("detail", pa.string()))
+    outcome = (
+        pa.field("key", pa.int64(), False),
+        pa.field("status", pa.string(), False),
+        pa.field("detail", pa.string()),
+    )
     return pa.schema([*outcome, *fields])
 
 

@@ -46,4 +46,6 @@ def ask(url: str, question: str, pictures: Sequence[bytes] = (), *, model: str, 
             pass
         raise InputError(f"{url} answered {error.code}: {text}") from None
     except OSError as error:
-        raise ClusterError(f"Nobody answers at {url} ({error}); start a model with `python -m ray_jobs.serve`.") from None
+        raise ClusterError(
+            f"Nobody answers at {url} ({error}); start a model with `python -m ray_jobs.serve`."
+        ) from None

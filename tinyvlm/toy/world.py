@@ -16,11 +16,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tinyvlm.toy.scenes import COLORS, KINDS, Notice, Scene, Thing, draw, sample_scene
+from tinyvlm.toy.scenes import COLORS, KINDS, SIDE, Notice, Scene, Thing, draw, sample_scene
 
 __all__ = [
-    "COLORS", "KINDS", "NUMBERS", "Claim", "Notice", "Scene", "Thing", "caption", "claims_and_caption", "describe",
-    "draw", "facts", "is_negated", "questions", "sample_scene",
+    "COLORS", "KINDS", "NUMBERS", "Claim", "Notice", "Scene", "Thing", "caption", "checks", "claims_and_caption",
+    "describe", "draw", "facts", "is_negated", "questions", "sample_scene",
 ]  # fmt: skip
 
 Claim = tuple[str, str, str, str]
@@ -144,12 +144,16 @@ def _list(phrases: list[str]) -> str:
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
 
 
-def describe(scene: Scene, rng: random.Random) -> str:
-    """All of a scene in words: colour, name, size and place of every thing, so that all `questions` can be answered."""
+def describe(scene: Scene, rng: random.Random, in_order: bool = False) -> str:
+    """All of a scene in words: colour, name, size and place of every thing, so that all `questions` can be answered.
+
+    The things come in random order, or `in_order` from the top left to the bottom right.
+    """
     if scene.notice:
         return f"a gray notice card that says {scene.notice.text}"
     phrases = []
-    for thing in rng.sample(scene.things, len(scene.things)):
+    by_place = sorted(scene.things, key=lambda thing: (3 * thing.y // SIDE, thing.x))
+    for thing in by_place if in_order else rng.sample(scene.things, len(scene.things)):
         words = " ".join(word for word in (thing.size, thing.color, thing.name) if word)
         phrases.append(f"{article(words)} {where(thing.place)}")
     return _list(phrases)
@@ -175,6 +179,19 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 def is_negated(question: str) -> bool:
     """Whether "yes" to this question of ours means that something is not there."""
     return any(word in question for word in NEGATIONS)
+
+
+def checks(scene: Scene, rng: random.Random, num: int) -> list[tuple[str, str]]:
+    """Single words as questions, about half of them true of the scene: ("teal?", "yes"), ("star?", "no")."""
+    true = {word for thing in scene.things for word in (thing.color, *names(thing))}
+    unsure = {name for thing in scene.things for name in _UNSURE.get(thing.kind, ())}
+    words = [*COLORS, *KINDS[:8]]
+    yes = [word for word in words if word in true]
+    no = [word for word in words if word not in true | unsure]
+    chosen = rng.sample(yes, min(len(yes), num // 2))
+    chosen += rng.sample(no, min(num - num // 2, len(chosen) + 1))
+    rng.shuffle(chosen)
+    return [(f"{word}?", "yes" if word in true else "no") for word in chosen]
 
 
 def _fill(template: str, bare: str) -> str:

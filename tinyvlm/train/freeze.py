@@ -1,9 +1,9 @@
 """Which weights learn: freeze policy, rows of new tokens, and the proof that frozen weights stayed as they were.
 
-    rates.vision > 0 ──▶ vision.*      hot        A module's rate is 0: its weights take no gradient, and their
-    rates.connector  ──▶ connector.*   hot        hash before and after the stage must be equal.
-    rates.language   ──▶ language.*    frozen
-    rates.new_tokens ──▶ 3 rows of the frozen embedding, learned as a small tensor beside it
+rates.vision > 0 ──▶ vision.*      hot        A module's rate is 0: its weights take no gradient, and their
+rates.connector  ──▶ connector.*   hot        hash before and after the stage must be equal.
+rates.language   ──▶ language.*    frozen
+rates.new_tokens ──▶ 3 rows of the frozen embedding, learned as a small tensor beside it
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from tinyvlm.train.features import FrozenTower
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
-from tinyvlm.train.packing import Batch, Sample, assemble
+from tinyvlm.train.packing import Batch, Sample, assemble, group
 from tinyvlm.train.plan import Pack, Plan
 from tinyvlm.train.settings import TrainConfig
 
@@ -195,11 +195,8 @@ class Trainer:
     def _batches(self, plan: Plan, step: int) -> list[Batch]:
         """This worker's share of a step, as tensors."""
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
-        size = self.config.packs_per_batch
-        return [
-            assemble([self.work.source.load(pack) for pack in packs[first : first + size]], self.work.pad_token_id)
-            for first in range(0, len(packs), size)
-        ]
+        groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
+        return [assemble([self.work.source.load(pack) for pack in one], self.work.pad_token_id) for one in groups]
 
     def _held_out(self) -> None:
         started = time.perf_counter()

@@ -1,10 +1,11 @@
 """Packs of samples as tensors.
 
     pack 0:  [sample a ............][sample b .....][sample c ...]~~~~     ~ padding
-    positions 0 1 2 3 ...            0 1 2 ...       0 1 2 ...    0 1 2    each run is attended to alone
+    positions 0 1 2 3 ...            0 1 2 ...       0 1 2 ... →           each run is attended to alone
 
-The language model keeps samples apart where positions start again, so no attention mask is handed over.  Padding is a
-run of its own at the end of a row and carries no loss; being behind everything else, it is seen by nothing.
+The language model keeps samples apart where positions start again, so no attention mask is handed over.  Padding
+carries no loss and is behind everything else, so nothing sees it.  It goes on counting: rows of one sample each are then
+plain causal rows, for which attention is cheapest.
 
 Shapes: B packs, T tokens of the longest pack, N pictures of all packs, S side of a picture in pixels.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tinyvlm.images import normalise
+from tinyvlm.train.plan import Pack
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -69,6 +71,21 @@ class Batch:
         return Batch(ids, positions, self.labels.to(device, non_blocking=True), pixels)
 
 
+def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:
+    """Cut packs into batches of at most `max_packs` packs and `max_tokens` tokens, padding included (0: no limit)."""
+    batches: list[list[Pack]] = []
+    longest = 0
+    for pack in packs:
+        length = sum(item.tokens for item in pack)
+        longest = max(longest, length)
+        too_many = batches and max_tokens and (len(batches[-1]) + 1) * longest > max_tokens
+        if not batches or too_many or len(batches[-1]) == max_packs:
+            batches.append([])
+            longest = length
+        batches[-1].append(pack)
+    return batches
+
+
 def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
     """Lay samples out in rows, one row a pack.  Empty packs are the caller's to leave out."""
     length = max(sum(len(sample.input_ids) for sample in pack) for pack in packs)
@@ -80,10 +97,9 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
         for sample in pack:
             start, end = end, end + len(sample.input_ids)
             ids[row, start:end] = sample.input_ids
-            positions[row, start:end] = np.arange(end - start)
+            positions[row, start:] = np.arange(length - start)
             labels[row, start:end] = np.where(sample.supervised, sample.input_ids, IGNORED)
             labels[row, start] = IGNORED
-        positions[row, end:] = np.arange(length - end)
     pictures = [sample.pixels for pack in packs for sample in pack if len(sample.pixels)]
     pixels = torch.from_numpy(np.concatenate(pictures)) if pictures else None
     return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), pixels)

@@ -69,7 +69,9 @@ class TrainConfig:
     eval_every_steps: int = speed(500)
     """Held-out loss every so many steps; it is always measured at the end.  0 means only then."""
     packs_per_batch: int = speed(8)
-    """Packs that go through the model at once on one worker."""
+    """Most packs that go through the model at once on one worker."""
+    tokens_per_batch: int = speed(0)
+    """Most tokens, padding included, that go through the model at once; 0 means no limit."""
     cache_mib: int = speed(256)
     """Memory of each worker for encoded samples."""
     feature_cache_mib: int = speed(0)
@@ -86,6 +88,6 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         for name in ("warmup_steps", "steps", "samples_per_pack", "weight_decay", "clip", "max_validation", "cache_mib",
-                     "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"):  # fmt: skip
+                     "tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
