@@ -124,7 +124,7 @@ ANSWERS = _row(
     pa.field("condition", pa.string()),
     pa.field("meta", pa.string()),
 )
-"""Kept answers.  `source_key`: the conversation's key.  `condition`: "as_is" or "shuffled" (the picture of another row)."""
+"""Kept answers.  `source_key`: the conversation's key.  `condition`: "as_is", or "shuffled" (another row's picture)."""
 
 
 def measured_columns(schema: pa.Schema) -> set[str]:

@@ -4,8 +4,8 @@
     positions 0 1 2 3 ...            0 1 2 ...       0 1 2 ... →           each run is attended to alone
 
 The language model keeps samples apart where positions start again, so no attention mask is handed over.  Padding
-carries no loss and is behind everything else, so nothing sees it.  It goes on counting: rows of one sample each are then
-plain causal rows, for which attention is cheapest.
+carries no loss and is behind everything else, so nothing sees it.  It goes on counting: rows of one sample each are
+then plain causal rows, for which attention is cheapest.
 
 Shapes: B packs, T tokens of the longest pack, N pictures of all packs, S side of a picture in pixels.
 """

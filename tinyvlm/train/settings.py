@@ -84,10 +84,21 @@ class TrainConfig:
                 f"families wants weights for some of {', '.join(FAMILIES)}, at least one above 0, "
                 f"but got {dict(self.families)!r}."
             )
-        for name in ("epochs", "packs_per_step", "pack_length", "window_groups", "keep_checkpoints", "packs_per_batch"):
+        at_least_one = (
+            "epochs",
+            "packs_per_step",
+            "pack_length",
+            "window_groups",
+            "keep_checkpoints",
+            "packs_per_batch",
+        )
+        for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}.")
-        for name in ("warmup_steps", "steps", "samples_per_pack", "weight_decay", "clip", "max_validation", "cache_mib",
-                     "tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"):  # fmt: skip
+        not_negative = (
+            *("warmup_steps", "steps", "samples_per_pack", "weight_decay", "clip", "max_validation", "cache_mib"),
+            *("tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"),
+        )
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
