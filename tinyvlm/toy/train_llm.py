@@ -66,15 +66,18 @@ _SUFFIXES = (" Answer with one word.", " Answer the question using a single word
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is asked until a share of the steps is done; `drill` is the share of one-word questions."""
+    """What is asked until a share of the steps is done.
+
+    A share `drill` of the conversations are six `checks` of a level; the others have up to `max_turns` `questions`.
+    """
 
     until: float
     drill: float
+    level: int
     max_turns: int
-    negated: bool
 
 
-LESSONS = (Lesson(0.25, 0.8, 1, False), Lesson(0.45, 0.4, 3, False), Lesson(1.0, 0.1, 4, True))
+LESSONS = (Lesson(0.2, 0.8, 0, 1), Lesson(0.45, 0.7, 1, 2), Lesson(0.7, 0.6, 2, 3), Lesson(1.0, 0.2, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class LlmRun:
     """How long and how fast to train; the defaults made the shipped weights."""
 
     steps: int = 2400
-    batch: int = 32
+    batch: int = 24
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: int = 100
@@ -183,9 +186,9 @@ def sample_conversation(rng: random.Random, tokenizer: PreTrainedTokenizerFast, 
     scene = sample_scene(rng)
     way = rng.choices(WAYS, (60, 20, 20))[0]
     if scene.things and rng.random() < lesson.drill:
-        turns = checks(scene, rng, 6)
+        turns = checks(scene, rng, 6, lesson.level)
     else:
-        turns = ask(scene, rng, rng.randint(1, lesson.max_turns), way, lesson.negated)
+        turns = ask(scene, rng, rng.randint(1, lesson.max_turns), way, lesson.level == 2)
     return encode(converse(turns, scene, rng, way), scene, way, tokenizer, rng)
 
 
@@ -197,7 +200,7 @@ def ask(scene: Scene, rng: random.Random, num_turns: int, way: str, negated: boo
     if not negated:
         turns = [turn for turn in turns if not is_negated(turn[0])]
     turns = [(_vary(question, answer, rng), answer) for question, answer in turns[:num_turns]]
-    if rng.random() < 0.2:
+    if rng.random() < 0.12:
         told = "a gray notice card" if scene.notice and way == "cells" else describe(scene, rng, in_order=True)
         turns[rng.randrange(len(turns))] = (rng.choice(_DESCRIBE), told)
     return turns

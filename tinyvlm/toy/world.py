@@ -181,8 +181,11 @@ def is_negated(question: str) -> bool:
     return any(word in question for word in NEGATIONS)
 
 
-def checks(scene: Scene, rng: random.Random, num: int) -> list[tuple[str, str]]:
-    """Single words as questions, about half of them true of the scene: ("teal?", "yes"), ("star?", "no")."""
+def checks(scene: Scene, rng: random.Random, num: int, level: int) -> list[tuple[str, str]]:
+    """Up to `num` yes/no questions about single words, about half of them true of the scene.
+
+    Level 0 asks in one word ("teal?"), level 1 also in phrases and sentences, level 2 in sentences, half negated.
+    """
     true = {word for thing in scene.things for word in (thing.color, *names(thing))}
     unsure = {name for thing in scene.things for name in _UNSURE.get(thing.kind, ())}
     words = [*COLORS, *KINDS[:8]]
@@ -191,7 +194,15 @@ def checks(scene: Scene, rng: random.Random, num: int) -> list[tuple[str, str]]:
     chosen = rng.sample(yes, min(len(yes), num // 2))
     chosen += rng.sample(no, min(num - num // 2, len(chosen) + 1))
     rng.shuffle(chosen)
-    return [(f"{word}?", "yes" if word in true else "no") for word in chosen]
+    return [_check(word, word in true, rng, level) for word in chosen]
+
+
+def _check(word: str, present: bool, rng: random.Random, level: int) -> tuple[str, str]:
+    bare = f"{word} shape" if word in COLORS else word
+    if level == 2:
+        return _ask(rng, bare, present)
+    template = "{word}?" if level == 0 else rng.choice(("{word}?", "{x}?", rng.choice(_PRESENT)))
+    return template.format(word=word, x=article(bare)), "yes" if present else "no"
 
 
 def _fill(template: str, bare: str) -> str:
