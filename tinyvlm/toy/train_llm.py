@@ -77,14 +77,14 @@ class Lesson:
     max_turns: int
 
 
-LESSONS = (Lesson(0.2, 0.8, 0, 1), Lesson(0.45, 0.7, 1, 2), Lesson(0.7, 0.6, 2, 3), Lesson(1.0, 0.2, 2, 4))
+LESSONS = (Lesson(0.16, 0.8, 0, 1), Lesson(0.36, 0.7, 1, 2), Lesson(0.55, 0.6, 2, 3), Lesson(1.0, 0.2, 2, 4))
 
 
 @dataclass(frozen=True)
 class LlmRun:
     """How long and how fast to train; the defaults made the shipped weights."""
 
-    steps: int = 2400
+    steps: int = 3000
     batch: int = 24
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
