@@ -95,6 +95,14 @@ def serve_pictures(options: Options, environment: dict[str, str]) -> Iterator[Pa
         server.wait()
 
 
+def highest_peak(output: Path, meter: MemoryMeter) -> int:
+    """Peak memory, bytes, over this command and those that it continues: a finished stage costs nothing again."""
+    path = output / "peak_memory.json"
+    before = int(json.loads(path.read_text())["bytes"]) if path.is_file() else 0
+    write_atomic(path, json.dumps({"bytes": max(before, meter.peak_bytes)}))
+    return max(before, meter.peak_bytes)
+
+
 def wait_for(url: str, timeout_s: float, complaint: str) -> None:
     """Raises ClusterError(complaint) when `url` does not answer 200 in time."""
     deadline = time.monotonic() + timeout_s
@@ -121,6 +129,7 @@ def run_stages(
         started, started_at = time.monotonic(), time.time()
         job = client.submit(stage, arguments, {})
         client.follow(stage, job, lambda: screen.tick(meter), options.output / "logs" / f"{stage}.log")
+        highest_peak(options.output, meter)
         folder, fresh = latest_folder(options.output, stage, started_at)
         recorded = times.get(stage)
         if fresh or recorded is None or recorded["folder"] != folder:
@@ -163,7 +172,7 @@ def run(options: Options) -> None:
             seconds = {"start": set_up, **run_stages(options, links, client, meter, screen)}
             url = f"http://127.0.0.1:{options.port}"
             asked = ask_questions(options.output, url, recipe.serve.model_name, count=5)
-            summary = summarise(options.output, seconds, meter.peak_bytes, asked, options.seed)
+            summary = summarise(options.output, seconds, highest_peak(options.output, meter), asked, options.seed)
             write_atomic(options.output / "summary.json", json.dumps(summary, indent=2))
             write_report(options.output, summary, asked)
             screen.close(summary, asked, options.output, url)
