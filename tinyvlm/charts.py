@@ -19,7 +19,7 @@ from typing import Any
 WIDTH, HEIGHT = 560, 260
 """Size of a histogram or line chart, in SVG units; bars are as high as they need."""
 
-MAX_BARS, MAX_LABEL = 24, 26
+MAX_BARS, MAX_LABEL = 30, 26
 MAX_POINTS = 300
 """Points drawn of one line: more cannot be told apart at this width."""
 

@@ -79,7 +79,7 @@ def _accuracies(
         "accuracy_shuffled": _accuracy(shuffled),
         "chance": {
             f"always “{guesser.commonest}”": _accuracy(asked, lambda row: is_right(guesser.commonest, row["truth"])),
-            "best guess from the question alone": _accuracy(asked, lambda row: _guess_is_right(row, guesser)),
+            "best blind guess": _accuracy(asked, lambda row: _guess_is_right(row, guesser)),
         },
         "num_questions": total,
         "num_right": sum(map(_is_right, asked)),
@@ -128,7 +128,7 @@ def _table(asked: Sequence[Row], shuffled: Sequence[Row], column: str, guesser: 
         mixed[row[column]].append(row)
     return [
         {
-            column.replace("form", "question"): value,
+            {"form": "question", "answer_type": "answer"}[column]: value,
             "questions": len(members),
             "accuracy": _accuracy(members),
             "blind guess": _accuracy(members, lambda row: _guess_is_right(row, guesser)),
@@ -153,7 +153,7 @@ def _charts(told: dict[str, Any]) -> list[dict[str, Any]]:
         _bars(
             "By kind of answer (%)",
             {
-                f"{row['answer_type']}, {name}": row[column]
+                f"{row['answer']}, {name}": row[column]
                 for row in kinds
                 for name, column in (("model", "accuracy"), ("blind guess", "blind guess"))
             },
