@@ -27,7 +27,7 @@ def run_demo(output: Path, *more: str, ports: tuple[int, int, int]) -> subproces
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     options = ("--dashboard-port", str(ports[0]), "--port", str(ports[1]), "--web-port", str(ports[2]))
     command = [sys.executable, "-m", "ray_jobs.demo", "--exit", "--output", str(output), *options, *SMALL, *more]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=570)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def leftovers() -> list[str]:
@@ -42,7 +42,7 @@ def leftovers() -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_whole_line_and_again(tmp_path: Path) -> None:
     output, ports = tmp_path / "demo", (free_port(), free_port(), free_port())
     first = run_demo(output, ports=ports)
