@@ -67,9 +67,11 @@ def parse(argv: list[str]) -> Options:
     args = parser.parse_args(argv)
     seeds = tuple(f"{stage}.seed={args.seed}" for stage in ("pretrain", "sft", "instruct"))
     serve = (f"serve.port={args.port}",)
+    # The recipe's steps are for all pictures; fewer are seen once.
+    fewer = tuple(f"{stage}.steps=0" for stage in ("pretrain", "sft", "instruct")) if args.pictures else ()
     return Options(
         args.output.absolute(), args.exit, args.seed, args.pictures, args.dashboard_port, args.port, args.web_port,
-        args.recipe, (*seeds, *serve, *args.set),
+        args.recipe, (*seeds, *serve, *fewer, *args.set),
     )  # fmt: skip
 
 

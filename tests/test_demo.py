@@ -18,7 +18,6 @@ from ray_jobs.demo import STAGES
 ROOT = Path(__file__).parent.parent
 SMALL = (
     *("--pictures", "150"),
-    *("--set", "pretrain.epochs=1", "--set", "sft.epochs=1", "--set", "instruct.epochs=1"),
     *("--set", "links.rows_per_part=100"),
 )
 
