@@ -40,7 +40,7 @@ def leftovers() -> list[str]:
     return found
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_whole_line_and_again(tmp_path: Path) -> None:
     output, ports = tmp_path / "demo", (free_port(), free_port(), free_port())
