@@ -106,6 +106,7 @@ def test_a_killed_worker_is_a_pause(tmp_path: Path) -> None:
     assert losses(run)[:20] == pytest.approx(losses(straight)[:20], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_worker_says_ends_the_run_at_once(tmp_path: Path) -> None:
     from ray_jobs import _run_training
 
