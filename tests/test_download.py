@@ -267,7 +267,7 @@ def test_dead_names_are_looked_up_once_and_invalid_ones_never(monkeypatch: pytes
 
     monkeypatch.setattr(addresses, "_getaddrinfo", getaddrinfo)
     rows = download("http://gone.test/1", "http://gone.test/2", "http://x.invalid/1", "http://flaky.test/1")
-    assert [(row["status"], row["attempts"]) for row in rows] == [("dns_error", n) for n in (1, 1, 1, 2)]
+    assert [(row["status"], row["attempts"]) for row in rows] == [("dead.dns", 1)] * 3 + [("broken.dns", 2)]
     assert sorted(looked_up) == ["flaky.test", "flaky.test", "gone.test"]
 
 
@@ -294,7 +294,11 @@ def test_owners_may_opt_out() -> None:
     }
     with running(serving(**pages)) as base_url:
         statuses = {name: fetch(f"{base_url}/{name}").status for name in pages}
-        assert statuses == {name: "ok" if name in ("other", "harmless") else "opted_out" for name in pages}
+        assert statuses == {name: "optout.header" for name in pages} | {
+            "reserved": "optout.tdm",
+            "other": "ok",
+            "harmless": "ok",
+        }
         heedless = FetchConfig(allow_hosts=("127.0.0.1",), respect_opt_outs=False)
         assert fetch(f"{base_url}/noai", heedless).status == "ok"
 
@@ -322,7 +326,7 @@ def test_size_limits_hold_for_announced_and_packed_bodies() -> None:
         "large": "too_large",
         "gzip": "ok",
         "bomb": "too_large",
-        "broken": "undecodable",
+        "broken": "corrupt",
         "strange": "not_image",
     }
     assert answers["gzip"].body == picture
@@ -352,8 +356,8 @@ def test_redirects_are_limited() -> None:
 
     with running(serving(on=on, nowhere=nowhere)) as base_url:
         assert fetch(f"{base_url}/on?left=5").status == "ok"
-        assert fetch(f"{base_url}/on?left=6").status == "too_many_redirects"
-        assert fetch(f"{base_url}/nowhere").status == "http_error"
+        assert fetch(f"{base_url}/on?left=6").status == "dead.redirects"
+        assert fetch(f"{base_url}/nowhere").status == "dead.http404"
 
 
 def test_a_host_is_asked_by_few_at_a_time_and_a_slow_one_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_a_reference_placeholder_is_set_apart_and_similarity_is_kept_on_every_ro
     out = Encode(dataclasses.replace(config, placeholder_threshold=0.9999), PICTURE)(preprocessed(images))
     similarity = out["similarity"].to_pylist()
     assert out.schema.equals(schema.encoded(NUM_IMAGE_TOKENS, WIDTH))
-    assert out["status"].to_pylist()[1:3] == ["placeholder", "not_image"]
+    assert out["status"].to_pylist()[1:3] == ["placeholder.clip", "not_image"]
     assert similarity[1] == pytest.approx(1, abs=1e-3)
     assert similarity[2] is None
     assert [features is None for features in out["features"].to_pylist()] == [
@@ -129,14 +129,14 @@ def test_as_a_stage_with_statistics(config: EncodeConfig, tmp_path: Path) -> Non
     run = StageRun(stage, open_input(stage, [root]), root)
     manifest = run_local(run)
     assert manifest.rows_in == manifest.rows_out == 9
-    assert manifest.statuses == {"ok": 6, "placeholder": 3}
+    assert manifest.statuses == {"ok": 6, "placeholder.clip": 3}
     assert Manifest.read(run.folder).stage == "encode"
     told = stage.statistics(run.folder)
     assert told["placeholders"] == 3
     assert told["warnings"]
     histogram, sheet = told["charts"][0], told["pictures"]
     assert sum(histogram["counts"]) == 9
-    assert [item["caption"].split()[1] for item in sheet["items"]] == ["placeholder"] * 3 + ["ok"] * 6
+    assert [item["caption"].split()[1] for item in sheet["items"]] == ["placeholder.clip"] * 3 + ["ok"] * 6
     pickle.loads(pickle.dumps(stage))  # a loaded tower stays behind
 
 
@@ -151,7 +151,7 @@ def test_the_same_picture_behind_many_links_is_a_placeholder(config: EncodeConfi
     run = StageRun(stage, open_input(stage, [root]), root)
     run_local(run)
     out = pa.concat_tables(scan(run.folder, ("key", "status", "similarity"))).sort_by("key").to_pydict()
-    assert out["status"] == ["placeholder" if seed == 0 else "ok" for seed in shown]
+    assert out["status"] == ["placeholder.repeated" if seed == 0 else "ok" for seed in shown]
     assert None not in out["similarity"]
     with pytest.raises(ConfigError, match="repeated_links"):
         EncodeConfig(repeated_links=1)

@@ -41,7 +41,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fetch(self: Fetcher, url: str) -> Answer:
         width, cross, height = url.rsplit("/", 1)[1].partition("x")
         if not cross:
-            return Answer("http_error", "HTTP 404", None, 404, url, 1)
+            return Answer("dead.http404", "HTTP 404", None, 404, url, 1)
         return Answer(body=png(int(width), int(height)), http_status=200, final_url=url, attempts=1)
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
@@ -107,7 +107,7 @@ def test_a_damaged_picture_is_a_row(tmp_path: Path) -> None:
     )
     rows = rows.select(schema.DOWNLOADED.names).cast(schema.DOWNLOADED)
     out = Preprocess(PreprocessConfig(picture=PICTURE, limits=LIMITS))(rows).to_pylist()
-    assert [(row["key"], row["status"]) for row in out] == [(1, "ok"), (2, "undecodable"), (3, "not_image")]
+    assert [(row["key"], row["status"]) for row in out] == [(1, "ok"), (2, "corrupt"), (3, "not_image")]
     assert [row["image"] is None for row in out] == [False, True, True]
 
 

@@ -165,7 +165,7 @@ def test_without_ray_installed_the_remedy_is_told(monkeypatch: pytest.MonkeyPatc
 
 def test_progress_reads_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress("download", tmp_path, num_parts=31, num_done=10)
-    progress.add(PartResult(10, 3072, {"ok": 2100, "timeout": 972}, 1))
+    progress.add(PartResult(10, 3072, {"ok": 2100, "timeout.read": 972}, 1))
     monkeypatch.setattr(progress, "_started", progress._started - 10)
     words = progress.line().split(" · ")
     assert words[:3] == ["download 11/31 parts", "3,072 rows", "2,100 ok"]

@@ -38,7 +38,7 @@ def write_numbers(root: Path, num_parts: int = 4, rows_per_part: int = 5, first_
         table = pa.table(
             {
                 "key": keys,
-                "status": ["timeout" if key % 5 == 4 else "ok" for key in keys],
+                "status": ["timeout.read" if key % 5 == 4 else "ok" for key in keys],
                 "detail": [None] * len(keys),
                 "value": [first_value + key for key in keys],
                 "milliseconds": [time.time()] * len(keys),

@@ -14,25 +14,48 @@ STATUSES: dict[str, str] = {
     OK: "usable by the next stage",
     "bad_url": "not an http(s) address",
     "private_address": "resolves to a private, loopback or metadata address that is not on the allow-list",
-    "dns_error": "the host name does not resolve",
-    "connection_error": "refused, reset or closed early",
-    "timeout": "a connect, read or total deadline passed",
-    "http_error": "the server answered with a permanent error status",
-    "throttled": "429 or 503 after the last retry",
-    "too_many_redirects": "the redirect limit was reached",
-    "opted_out": "the server asked not to be used for training",
+    "dead.dns": "the host name does not resolve",
+    "dead.host": "not asked: its host had failed too often",
+    "dead.refused": "nothing listens at that address",
+    "dead.tls": "no secure connection: certificate or protocol refused",
+    "dead.protocol": "the answer is not HTTP",
+    "dead.http404": "HTTP 404 or 410: gone",
+    "dead.http": "another permanent error status",
+    "dead.redirects": "the redirect limit was reached, or they go in a circle",
+    "blocked.401": "HTTP 401: a password is wanted",
+    "blocked.403": "HTTP 403: forbidden",
+    "blocked.451": "HTTP 451: unavailable for legal reasons",
+    "broken.reset": "the connection was reset or closed early, after the last retry",
+    "broken.http5xx": "a server error, after the last retry",
+    "broken.dns": "the name server did not answer, after the last retry",
+    "throttled": "429 or 503 after the last retry, or a longer wait asked than allowed",
+    "timeout.connect": "no connection in time",
+    "timeout.read": "a pause in the answer was too long",
+    "timeout.total": "the answer was not complete in time",
+    "optout.header": "the server asks with X-Robots-Tag not to be used",
+    "optout.tdm": "the server reserves text and data mining",
+    "optout.robots": "robots.txt disallows the address",
+    "optout.takedown": "on the takedown list",
     "too_large": "more bytes than allowed",
     "not_image": "the bytes are no image of an allowed format",
-    "undecodable": "an image, but damaged",
-    "too_many_pixels": "more pixels than allowed (decompression bomb)",
+    "corrupt": "an image, but damaged",
+    "crashed": "the decoder crashed on it or never ended",
+    "bomb": "more pixels than allowed (decompression bomb)",
     "too_small": "fewer pixels than allowed",
-    "placeholder": "looks like an 'image not available' picture",
+    "placeholder.clip": "looks like a reference 'image not available' picture",
+    "placeholder.repeated": "the same bytes stand behind many links",
+    "placeholder.similar": "nearly the same picture stands behind many links",
+    "placeholder.redirect": "many links were redirected to the same address",
+    "placeholder.plain": "nearly one colour: there is nothing to see",
     "no_picture": "the conversation's picture is not in the input",
     "bad_text": "the conversation's text is empty or unusable",
     "too_long": "more tokens than the model may read",
     "internal_error": "our own failure on this row; the run went on",
 }
-"""Every status that a row may have, and what it means."""
+"""Every status that a row may have, and what it means.  What stands before a dot is its family."""
+
+TRANSIENT = ("throttled", "timeout", "broken", "dead.host", "internal_error")
+"""Statuses and families that may be other ones tomorrow: what `--retry transient` tries again."""
 
 MEASURED = {b"measured": b"true"}
 """Field metadata of columns that two equal runs may disagree in."""
@@ -56,20 +79,30 @@ DOWNLOADED = _row(
     *_CARRIED,
     pa.field("image", pa.binary()),
     pa.field("sha256", pa.string()),
+    pa.field("phash", pa.uint64()),
     pa.field("format", pa.string()),
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
+    pa.field("bytes", pa.int64()),
     pa.field("http_status", pa.int32()),
     pa.field("final_url", pa.string()),
+    pa.field("duplicate_of", pa.int64()),
     pa.field("attempts", pa.int32(), metadata=MEASURED),
     pa.field("milliseconds", pa.float32(), metadata=MEASURED),
+    pa.field("finished_at", pa.timestamp("ms", "UTC"), metadata=MEASURED),
 )
-"""`image`: the bytes as sent (`store=original`) or the finished picture; `width`, `height`: of the original."""
+"""`image`: the bytes as sent (`store=original`) or the finished picture.
+
+`bytes`, `sha256`, `width`, `height`: of the file as sent.  `phash`: see `images.perceptual_hash`.  `duplicate_of`: the
+key of the row with the same link that was fetched for this one too.
+"""
 
 PREPROCESSED = _row(
     *_CARRIED,
     pa.field("image", pa.binary()),
     pa.field("sha256", pa.string()),
+    pa.field("phash", pa.uint64()),
+    pa.field("final_url", pa.string()),
     pa.field("original_width", pa.int32()),
     pa.field("original_height", pa.int32()),
     pa.field("fit", pa.string()),

@@ -103,7 +103,7 @@ class Resolver(AbstractResolver):
         """Addresses of `host` that may be spoken to.
 
         Raises:
-            FetchError: `dns_error` or `private_address`.
+            FetchError: `dead.dns`, `broken.dns` or `private_address`.
         """
         known = self._cache.get(host)
         if known is None or known.until < time.monotonic():
@@ -130,15 +130,15 @@ class Resolver(AbstractResolver):
         name = host.rstrip(".").lower()
         if name == "invalid" or name.endswith(".invalid"):
             # RFC 6761 §6.4: never asked for, so that an unreachable name server cannot stall them.
-            known = Known(until, status="dns_error", detail=f"{host} does not exist")
+            known = Known(until, status="dead.dns", detail=f"{host} does not exist")
         else:
             try:
                 loop = asyncio.get_running_loop()
                 found = await loop.run_in_executor(self._threads, _getaddrinfo, host)
             except (OSError, UnicodeError) as error:
                 if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
-                    raise FetchError("dns_error", f"{host}: the name server did not answer", transient=True) from None
-                known = Known(until, status="dns_error", detail=f"{host}: {error}")
+                    raise FetchError("broken.dns", f"{host}: the name server did not answer", transient=True) from None
+                known = Known(until, status="dead.dns", detail=f"{host}: {error}")
             else:
                 known = self._checked(host, found, until)
         self._cache[host] = known

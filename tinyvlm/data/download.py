@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,15 +53,19 @@ class _Outcome:
     answer: Answer
     image: bytes | None = None
     sha256: str | None = None
+    phash: int | None = None
+    bytes: int | None = None
     format: str | None = None
     width: int | None = None
     height: int | None = None
+    finished_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class Download(Stage):
     """Fetches and checks the pictures of a part's links, all at the same time."""
 
     name = "download"
+    version = 2
     reads = ("links",)
     writes = schema.DOWNLOADED
 
@@ -89,8 +94,10 @@ class Download(Stage):
         columns: dict[str, Any] = {name: rows[name] for name in ("key", "url", "caption", "meta")}
         for name in ("status", "detail", "http_status", "final_url", "attempts", "milliseconds"):
             columns[name] = [getattr(answer, name) for answer in answers]
-        for name in ("image", "sha256", "format", "width", "height"):
+        for name in ("image", "sha256", "phash", "bytes", "format", "width", "height"):
             columns[name] = [getattr(outcome, name) for outcome in outcomes]
+        columns["duplicate_of"] = [None] * rows.num_rows
+        columns["finished_at"] = [outcome.finished_at for outcome in outcomes]
         return pa.table({name: columns[name] for name in schema.DOWNLOADED.names}, schema=schema.DOWNLOADED)
 
     def statistics(self, folder: Path) -> dict[str, Any]:
@@ -136,10 +143,11 @@ class Download(Stage):
     def _keep(self, answer: Answer) -> _Outcome:
         """Decode the body and keep what the settings say; runs in a thread."""
         body, answer.body = answer.body or b"", None
-        outcome = _Outcome(answer, sha256=hashlib.sha256(body).hexdigest())
+        outcome = _Outcome(answer, sha256=hashlib.sha256(body).hexdigest(), bytes=len(body))
         try:
             outcome.format, image = images.decode_as(body, self.limits)
             outcome.width, outcome.height = image.size
+            outcome.phash = images.perceptual_hash(image)
             if self.config.store == "finished":
                 body = images.to_jpeg(images.square(image, self.picture)[0], self.picture.jpeg_quality)
             outcome.image = body

@@ -2,8 +2,8 @@
 
     448² JPEG ──▶ tower ─┬─ patches of the last hidden state ──block means──▶ features (K, D), half precision
                          └─ CLS of the same state ──cosine──▶ similarity to the nearest reference placeholder
-                                                              at or above the threshold: status "placeholder"
-    sha256 ──────────────▶ the same picture behind many links:                         status "placeholder"
+                                                              at or above the threshold: status "placeholder.clip"
+    sha256 ──────────────▶ the same picture behind many links:                         status "placeholder.repeated"
 
 Features and CLS are taken before the final layer norm.  The similarity is stored on every row, so that another
 threshold can be tried without encoding again.  Pooling is the model's own (`tinyvlm.model.modeling.pool_patches`):
@@ -82,6 +82,7 @@ class Encode(Stage):
     """Features and placeholder similarity of finished pictures."""
 
     name = "encode"
+    version = 2
     reads = ("preprocess",)
 
     def __init__(self, config: EncodeConfig, picture: PictureConfig) -> None:
@@ -151,9 +152,9 @@ class Encode(Stage):
         if problem:
             return problem.status, problem.detail
         if sha256 in self.repeated:
-            return "placeholder", f"the same picture stands behind {self.config.repeated_links} links or more"
+            return "placeholder.repeated", f"the same picture stands behind {self.config.repeated_links} links or more"
         if similarity >= self.config.placeholder_threshold:
-            return "placeholder", f"looks like the reference {self.config.references[nearest]!r}"
+            return "placeholder.clip", f"looks like the reference {self.config.references[nearest]!r}"
         return schema.OK, None
 
     def _feature_column(self, features: NDArray[np.float16], is_null: list[bool]) -> pa.Array:
@@ -169,7 +170,7 @@ class Encode(Stage):
         table = pa.concat_tables([*scan(folder, ("key", "status", "detail", "similarity"))])
         measured = table.filter(pc.is_valid(table["similarity"]))
         similarity = measured["similarity"].to_numpy()
-        num_dropped = int(pc.sum(pc.equal(table["status"], "placeholder")).as_py() or 0)
+        num_dropped = int(pc.sum(pc.starts_with(table["status"], "placeholder.")).as_py() or 0)
         edges = np.linspace(-0.2, 1.0, 61)
         counts, _ = np.histogram(similarity.clip(edges[0], edges[-1]), edges)
         warnings = []

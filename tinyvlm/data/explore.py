@@ -67,6 +67,7 @@ class Explore(Stage):
     """The best label of each picture."""
 
     name = "explore"
+    version = 2
     reads = ("preprocess",)
     writes = schema.EXPLORED
 

@@ -171,7 +171,7 @@ class Fetcher:
                         found = await self._hop(target, answer)
                 except TimeoutError:
                     detail = f"not done after {self.config.total_timeout_s:g} s"
-                    raise FetchError("timeout", detail, transient=True) from None
+                    raise FetchError("timeout.total", detail, transient=True) from None
                 finally:
                     took_s = time.perf_counter() - started
                     answer.milliseconds += took_s * 1000
@@ -180,9 +180,9 @@ class Fetcher:
             left_s -= took_s
             url = str(found)
             if url in seen:
-                raise FetchError("too_many_redirects", "redirects in a circle")
+                raise FetchError("dead.redirects", "redirects in a circle")
             if len(seen) > self.config.max_redirects:
-                raise FetchError("too_many_redirects", f"more than {self.config.max_redirects}")
+                raise FetchError("dead.redirects", f"more than {self.config.max_redirects}")
 
     @asynccontextmanager
     async def _place(self, target: URL) -> AsyncIterator[None]:
@@ -209,7 +209,7 @@ class Fetcher:
         code = response.status
         if code == 200:
             return
-        status = "throttled" if code in THROTTLED else "http_error"
+        status = _status_of(code)
         wait_s = _retry_after_s(response.headers.get(hdrs.RETRY_AFTER)) if code in TRANSIENT else None
         raise FetchError(status, f"HTTP {code}", transient=code in TRANSIENT, wait_s=wait_s)
 
@@ -222,9 +222,9 @@ class Fetcher:
                 continue  # meant for another robot
             found = OPT_OUTS & {rule.strip() for rule in rules.split(",")}
             if found:
-                raise FetchError("opted_out", f"X-Robots-Tag: {min(found)}")
+                raise FetchError("optout.header", f"X-Robots-Tag: {min(found)}")
         if headers.get("tdm-reservation", "").strip() == "1":
-            raise FetchError("opted_out", "tdm-reservation: 1")
+            raise FetchError("optout.tdm", "tdm-reservation: 1")
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         """The body, given up as soon as it is too long or cannot be a picture."""
@@ -247,10 +247,21 @@ class Fetcher:
         return bytes(body) if encoding == "identity" else _unpack(bytes(body), encoding, most)
 
 
+def _status_of(code: int) -> str:
+    """Our status for an HTTP status that brings no picture."""
+    if code in THROTTLED:
+        return "throttled"
+    if code in (404, 410):
+        return "dead.http404"
+    if code in (401, 403, 451):
+        return f"blocked.{code}"
+    return "broken.http5xx" if code >= 500 else "dead.http"
+
+
 def _location(response: aiohttp.ClientResponse) -> URL:
     location = response.headers.get(hdrs.LOCATION)
     if not location:
-        raise FetchError("http_error", f"HTTP {response.status} without a Location")
+        raise FetchError("dead.http", f"HTTP {response.status} without a Location")
     try:
         return response.url.join(URL(location)).with_fragment(None)
     except ValueError as error:
@@ -261,19 +272,20 @@ def _explain(error: aiohttp.ClientError) -> FetchError:
     """What aiohttp met, in our statuses."""
     detail = str(error) or type(error).__name__
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return FetchError("timeout", "no connection in time", transient=True)
+        return FetchError("timeout.connect", "no connection in time", transient=True)
     if isinstance(error, aiohttp.ServerTimeoutError):
-        return FetchError("timeout", "no answer in time", transient=True)
+        return FetchError("timeout.read", "no answer in time", transient=True)
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
-        return FetchError("connection_error", f"TLS: {detail}")
+        return FetchError("dead.tls", f"TLS: {detail}")
     if isinstance(error, aiohttp.ClientConnectorError):
-        refused = isinstance(error.os_error, ConnectionRefusedError)
-        return FetchError("connection_error", "refused" if refused else detail, transient=not refused)
+        if isinstance(error.os_error, ConnectionRefusedError):
+            return FetchError("dead.refused", "refused")
+        return FetchError("broken.reset", detail, transient=True)
     if isinstance(error, aiohttp.InvalidURL):
         return FetchError("bad_url", detail)
     if isinstance(error, aiohttp.ClientResponseError):
-        return FetchError("connection_error", f"the answer is not HTTP: {error.message}")
-    return FetchError("connection_error", detail, transient=True)
+        return FetchError("dead.protocol", f"the answer is not HTTP: {error.message}")
+    return FetchError("broken.reset", detail, transient=True)
 
 
 def _retry_after_s(text: str | None) -> float | None:
@@ -299,7 +311,7 @@ def _unpack(body: bytes, encoding: str, most: int) -> bytes:
     try:
         plain = unpacker.decompress(body, most + 1)
     except zlib.error as error:
-        raise FetchError("undecodable", f"{encoding}: {error}") from None
+        raise FetchError("corrupt", f"{encoding}: {error}") from None
     if len(plain) > most:
         raise FetchError("too_large", f"more than {most} bytes unpacked")
     return plain

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 RATIO_EDGES = [round(0.05 * step, 2) for step in range(1, 21)]
 """Edges of the 19 bins of shorter/longer side; the rule's 0.6 is one of them."""
 NUM_SAMPLES = 12
+_CARRIED = ("key", "url", "caption", "meta", "sha256", "phash", "final_url")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Preprocess(Stage):
     """Makes each picture square."""
 
     name = "preprocess"
+    version = 2
     reads = ("download",)
     writes = schema.PREPROCESSED
 
@@ -73,7 +75,7 @@ class Preprocess(Stage):
         if self._finished is None:
             self._finished = bool(self._stored())
         outcomes = [self._outcome(row) for row in rows.select(["image", "width", "height", "final_url"]).to_pylist()]
-        columns: dict[str, Any] = {name: rows[name] for name in ("key", "url", "caption", "meta", "sha256")}
+        columns: dict[str, Any] = {name: rows[name] for name in _CARRIED}
         columns |= {"original_width": rows["width"], "original_height": rows["height"]}
         for index, name in enumerate(("status", "detail", "image", "fit")):
             columns[name] = [outcome[index] for outcome in outcomes]

@@ -314,7 +314,7 @@ def _opened(picture: Image.Image) -> Image.Image:
     try:
         return images.as_rgb(picture)
     except OSError as error:  # Pillow reads the file only now
-        raise images.ImageError("undecodable", str(error)) from error
+        raise images.ImageError("corrupt", str(error)) from error
 
 
 def _harmless(message: Mapping[str, Any]) -> dict[str, Any]:
