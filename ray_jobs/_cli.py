@@ -1,6 +1,7 @@
 """The command line that all stages share, and how they end.
 
     python -m ray_jobs.<stage> --recipe R --input I [--input J] --output O [--set a.b=v ...] [--workers N] [--dry-run]
+                               [--retry STATUS ...]   of stages that map rows      [--limit ROWS]   of download
 
 Exit code 0: done, or was done before.  2: an expected failure, told as one sentence on stderr.  130: interrupted.
 """
@@ -23,11 +24,11 @@ from ray_jobs import _cluster, _run_stage
 from ray_jobs._cluster import StageResources
 from tinyvlm import config
 from tinyvlm.errors import ConfigError, TinyVLMError
-from tinyvlm.folders import Manifest, require_space
+from tinyvlm.folders import Input, Manifest, require_space
 from tinyvlm.recipes import Recipe, load
-from tinyvlm.stage import Input, Stage, StageRun, open_input
-
-OPTIONS = ("--recipe", "--input", "--output", "--set", "--workers", "--dry-run", "--help")
+from tinyvlm.schema import statuses_of
+from tinyvlm.stage import Stage, open_input
+from tinyvlm.stage_run import StageRun
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,12 @@ class Job:
     output: Path
     workers: int | None
     dry_run: bool
+    retry: tuple[str, ...] = ()
+    """Statuses and families whose rows are done again."""
 
 
-def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True) -> Job:
-    """Read the options of a stage.  `writes`: it makes a folder, so it wants --output.
+def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: Sequence[str] = ()) -> Job:
+    """Read the options of a stage.  `writes`: it makes a folder, so it wants --output.  `extra`: --retry, --limit.
 
     Raises:
         ConfigError: an unknown option or setting, with the nearest valid one; a value that is missing or wrong.
@@ -54,22 +57,30 @@ def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True) -> Job:
     parser.add_argument("--input", type=Path, action="append", metavar="FOLDER", help="what is read; may be repeated")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the stage's folder is made")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="a setting; may be repeated")
-    parser.add_argument("--workers", type=_workers, metavar="N", help="size of the pool; default: as many as fit")
+    parser.add_argument("--workers", type=_count, metavar="N", help="size of the pool; default: as many as fit")
     parser.add_argument("--dry-run", action="store_true", help="print recipe, plan and resources, and do nothing")
+    if "--retry" in extra:
+        told = "do rows of these statuses again: a status, a family (timeout), transient or failed; may be repeated"
+        parser.add_argument("--retry", action="append", default=[], metavar="STATUS", help=told)
+    if "--limit" in extra:
+        parser.add_argument("--limit", type=_count, metavar="ROWS", help="use only so many rows from the list's start")
     options = parser.parse_args(list(argv))
     for name in ("recipe", "input", "output") if writes else ("recipe", "input"):
         if not getattr(options, name):
             raise ConfigError(f"{stage_name} wants --{name}; see python -m ray_jobs.{stage_name} --help.")
-    recipe = load(options.recipe, options.set)
+    limit = getattr(options, "limit", None)
+    recipe = load(options.recipe, [*options.set, *([f"links.limit={limit}"] if limit else [])])
     inputs = tuple(path.absolute() for path in options.input)
-    return Job(recipe, inputs, (options.output or Path()).absolute(), options.workers, options.dry_run)
+    retry = tuple(name for text in getattr(options, "retry", []) for name in text.split(","))
+    statuses_of(retry)  # before any work: an unknown one is refused
+    return Job(recipe, inputs, (options.output or Path()).absolute(), options.workers, options.dry_run, retry)
 
 
-def main(stage_name: str, run: Callable[[Job], None], *, writes: bool = True) -> NoReturn:
+def main(stage_name: str, run: Callable[[Job], None], *, writes: bool = True, extra: Sequence[str] = ()) -> NoReturn:
     """Parse this process's arguments, run, and exit as the drawing says."""
     _set_up_logging()
     try:
-        run(parse(stage_name, sys.argv[1:], writes=writes))
+        run(parse(stage_name, sys.argv[1:], writes=writes, extra=extra))
         code = 0
     except TinyVLMError as error:
         code = _complain(str(error), 2)
@@ -91,14 +102,15 @@ def run_rows(
         with tempfile.TemporaryDirectory(prefix="tinyvlm-plan-") as scratch:
             source = open_rows(Path(scratch)) if open_rows else open_input(stage, job.inputs)
             source = replace(source, folders={"--input": str(job.inputs[0])}) if open_rows else source
-            show_plan(stage.name, job, _run_stage.plan(StageRun(stage, source, job.output), job.workers, resources))
+            run = StageRun(stage, source, job.output, job.retry)
+            show_plan(stage.name, job, _run_stage.plan(run, job.workers, resources))
         return None
     if open_rows:  # it writes, so what can be known to fail must fail before
         _cluster.check_address()
         require_space(job.output, 0, stage.name)
         stage.check()
     source = open_rows(job.output) if open_rows else open_input(stage, job.inputs)
-    run = StageRun(stage, source, job.output)
+    run = StageRun(stage, source, job.output, job.retry)
     was_finished = run.is_finished
     manifest = _run_stage.run_stage(run, job.workers, resources)
     if not was_finished:
@@ -126,18 +138,22 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
+    @property
+    def _options(self) -> list[str]:
+        return [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown == message:
             raise ConfigError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
-        near = difflib.get_close_matches(unknown.split()[0].split("=")[0], OPTIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(OPTIONS)}."
+        near = difflib.get_close_matches(unknown.split()[0].split("=")[0], self._options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._options)}."
         raise ConfigError(f"There is no option {unknown.split()[0]!r}; {hint}")
 
 
-def _workers(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wants a whole number of workers from 1 up, but got {text!r}")
+        raise argparse.ArgumentTypeError(f"wants a whole number from 1 up, but got {text!r}")
     return int(text)
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from ray_jobs._demo_screen import summary_rows
 from tinyvlm import report
+from tinyvlm.folders import find_folder, part_paths
 from tinyvlm.serve.client import ask
-from tinyvlm.stage import find_folder
 
 PACKAGES = ("tinyvlm", "torch", "transformers", "ray", "pyarrow", "pillow", "aiohttp", "bitsandbytes", "wandb")
 
@@ -24,7 +24,7 @@ def held_out_questions(root: Path, count: int) -> list[dict[str, Any]]:
     """`count` test questions about different pictures, from the prepared conversations."""
     folder = find_folder([root], "prepare", "the demo")
     found: dict[int, dict[str, Any]] = {}
-    for path in sorted((folder / "data").glob("part-*.parquet")):
+    for path in part_paths(folder):
         rows = pq.read_table(path, filters=[("split", "=", "test"), ("family", "=", "vqa"), ("status", "=", "ok")])
         for row in rows.slice(0, 200).to_pylist():
             truth = row["messages"][-1]["parts"][0]["text"]

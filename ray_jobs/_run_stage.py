@@ -26,7 +26,7 @@ from ray_jobs._progress import Progress, many
 from tinyvlm import errors
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest, Part, PartResult, write_atomic
-from tinyvlm.stage import StageRun
+from tinyvlm.stage_run import StageRun
 
 __all__ = ["PartWorker", "StageResources", "plan", "run_stage"]
 
@@ -149,14 +149,20 @@ class _Pool:
         import ray.data
 
         quieten(ray.data)
-        payload = self.ray.cloudpickle.dumps(self.run.for_worker())
+        payload = self.ray.cloudpickle.dumps(self.run.for_worker(self.size))
+        at_once = self.run.stage.parts_at_once
         items = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
         answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             PartWorker,
             fn_constructor_args=(payload, lease_number, self.num_threads),
             batch_size=1,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=self.size),
+            compute=ray.data.ActorPoolStrategy(
+                size=self.size,
+                max_tasks_in_flight_per_actor=max(2, at_once),
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=at_once > 1,
+            ),
             num_cpus=self.resources.num_cpus,
             num_gpus=self.resources.num_gpus or None,
             memory=self.resources.memory or None,

@@ -29,7 +29,7 @@ from ray_jobs._jobs import JobClient, command_line
 from ray_jobs._local_cluster import LocalCluster, MemoryMeter, require_port, start_beside
 from tinyvlm import recipes
 from tinyvlm.errors import ClusterError, ConfigError, TinyVLMError
-from tinyvlm.stage import write_atomic
+from tinyvlm.folders import write_atomic
 
 STAGES = ("download", "preprocess", "explore", "encode", "prepare", "pretrain", "sft", "instruct", "evaluate", "serve")
 WEB_PORT = 8123

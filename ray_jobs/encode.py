@@ -13,4 +13,4 @@ def run(job: _cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    _cli.main("encode", run)
+    _cli.main("encode", run, extra=("--retry",))

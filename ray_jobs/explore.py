@@ -13,4 +13,4 @@ def run(job: _cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    _cli.main("explore", run)
+    _cli.main("explore", run, extra=("--retry",))

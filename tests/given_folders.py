@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyvlm import schema
-from tinyvlm.stage import Input, Part, Stage, StageRun, run_local
+from tinyvlm.folders import Input, Part
+from tinyvlm.stage import Stage
+from tinyvlm.stage_run import StageRun, run_local
 
 
 class Given(Stage):

@@ -25,7 +25,8 @@ from tinyvlm.eval.vqa import BlindGuesser, is_right
 from tinyvlm.generation import Completion, Engine, Sampling
 from tinyvlm.images import to_jpeg
 from tinyvlm.model import Sample
-from tinyvlm.stage import StageRun, open_input, run_local
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 HUES = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 

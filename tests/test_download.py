@@ -30,8 +30,9 @@ from tinyvlm.data.addresses import FetchError, check_url, is_public
 from tinyvlm.data.download import Download, DownloadConfig
 from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher, _retry_after_s
 from tinyvlm.data.links import LinksConfig, open_links
+from tinyvlm.folders import scan
 from tinyvlm.images import LimitConfig, PictureConfig
-from tinyvlm.stage import StageRun, run_local, scan
+from tinyvlm.stage_run import StageRun, run_local
 from tinyvlm.toy.links import DEAD, KINDS, LIVE, write_links
 from tinyvlm.toy.web_server import build_app, running
 
@@ -357,7 +358,7 @@ def test_redirects_are_limited() -> None:
     with running(serving(on=on, nowhere=nowhere)) as base_url:
         assert fetch(f"{base_url}/on?left=5").status == "ok"
         assert fetch(f"{base_url}/on?left=6").status == "dead.redirects"
-        assert fetch(f"{base_url}/nowhere").status == "dead.http404"
+        assert fetch(f"{base_url}/nowhere").status == "dead.http"
 
 
 def test_a_host_is_asked_by_few_at_a_time_and_a_slow_one_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

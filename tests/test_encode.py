@@ -19,9 +19,11 @@ from tinyvlm import schema
 from tinyvlm.data.encode import Encode, EncodeConfig
 from tinyvlm.data.placeholder import DESIGNS, reference_pictures
 from tinyvlm.errors import CheckpointError, ConfigError
+from tinyvlm.folders import Input, Manifest, scan
 from tinyvlm.images import normalise, to_jpeg
 from tinyvlm.model import build
-from tinyvlm.stage import Input, Manifest, StageRun, open_input, run_local, scan
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 WIDTH = 32
 

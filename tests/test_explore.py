@@ -19,7 +19,8 @@ from tinyvlm.data.explore import Explore, ExploreConfig
 from tinyvlm.errors import ConfigError
 from tinyvlm.images import normalise, to_jpeg
 from tinyvlm.labels import load_labels
-from tinyvlm.stage import StageRun, open_input, run_local
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 LABELS = {
     "shapes": {"circle": "a round circle", "square": "a square"},

@@ -18,7 +18,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("errors",)],
     [("config",), ("schema",)],
     [
-        ("stage", "folders", "lease", "report", "charts"),
+        ("stage", "stage_run", "contract", "folders", "journal", "lease", "report", "charts"),
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths",)),
     ],
     [("model",)],
@@ -172,5 +172,5 @@ assert "ray" not in sys.modules
 @pytest.mark.parametrize("stage", ["download", "preprocess", "explore", "encode", "prepare", "evaluate"])
 def test_each_stage_has_a_short_entry_point(stage: str) -> None:
     text = (ROOT / "ray_jobs" / f"{stage}.py").read_text()
-    assert f'_cli.main("{stage}", run)' in text
+    assert f'_cli.main("{stage}", run' in text
     assert len(text.splitlines()) < 40

@@ -17,8 +17,10 @@ from tinyvlm import schema
 from tinyvlm.data.download import Download, DownloadConfig
 from tinyvlm.data.links import LinksConfig, find_files, open_links
 from tinyvlm.errors import ConfigError, DataError
+from tinyvlm.folders import Manifest, read_rows, verify
 from tinyvlm.images import LimitConfig, PictureConfig
-from tinyvlm.stage import Manifest, StageRun, open_input, read_rows, verify
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun
 from tinyvlm.toy import web_server
 from tinyvlm.toy.links import DEAD, KINDS, LIVE, find_pictures, write_links
 
@@ -52,7 +54,8 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 def rows_of(path: Path, config: LinksConfig, root: Path) -> pa.Table:
     source = open_links(path, config, root)
-    return pa.concat_tables([read_rows(part.path, part.offset, part.num_rows) for part in source.parts])
+    rows = pa.concat_tables([read_rows(part.path, part.offset, part.num_rows) for part in source.parts])
+    return rows.sort_by("key")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])

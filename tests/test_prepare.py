@@ -20,7 +20,8 @@ from tinyvlm.data.sources import CAPTION_PROMPTS
 from tinyvlm.data.sources.easy_vqa import COLORS, SHAPES, EasyVQA, Question, read_facts
 from tinyvlm.errors import ConfigError, DataError
 from tinyvlm.images import to_jpeg
-from tinyvlm.stage import StageRun, open_input, run_local
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 CONFIG = PrepareConfig(source="easy_vqa", validation_share=0.2, singles_per_picture=2, text_only_share=0.5)
 NUM_TRAIN, NUM_TEST = 60, 12

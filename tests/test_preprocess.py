@@ -19,8 +19,10 @@ from tinyvlm.data.fetch import Answer, Fetcher
 from tinyvlm.data.links import LinksConfig, open_links
 from tinyvlm.data.preprocess import RATIO_EDGES, Preprocess, PreprocessConfig
 from tinyvlm.errors import ConfigError
+from tinyvlm.folders import scan
 from tinyvlm.images import LimitConfig, PictureConfig
-from tinyvlm.stage import StageRun, open_input, run_local, scan
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 PICTURE = PictureConfig(size=32, tower_size=24)
 LIMITS = LimitConfig()
@@ -65,7 +67,9 @@ def preprocessed(root: Path, picture: PictureConfig = PICTURE) -> StageRun:
 
 
 def rows_of(run: StageRun) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pa.concat_tables(scan(run.folder, schema.PREPROCESSED.names)).to_pylist()
+    rows: list[dict[str, Any]] = (
+        pa.concat_tables(scan(run.folder, schema.PREPROCESSED.names)).sort_by("key").to_pylist()
+    )
     return rows
 
 

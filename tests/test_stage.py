@@ -18,8 +18,10 @@ from toy_stages import Double, DoubleConfig, Spread, rows_of, start, write_numbe
 
 from tinyvlm import folders, lease, schema
 from tinyvlm.errors import ConfigError, DataError, StageError
+from tinyvlm.folders import Input, Manifest, PartResult, find_folder, scan, verify
 from tinyvlm.lease import Lease
-from tinyvlm.stage import Input, Manifest, PartResult, StageRun, find_folder, open_input, run_local, scan, verify
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 
 def double(**settings: object) -> Double:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from tinyvlm import config, schema
 from tinyvlm.errors import ConfigError
-from tinyvlm.folders import describe_part
-from tinyvlm.stage import Manifest, Stage, StageRun, close_folder, open_input, point_latest, read_rows, run_local
+from tinyvlm.folders import Manifest, close_folder, describe_part, point_latest, read_rows
+from tinyvlm.stage import Stage, open_input
+from tinyvlm.stage_run import StageRun, run_local
 
 NUMBERS = pa.schema(
     [

@@ -43,7 +43,13 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check a stage folder against its checksums")
     verify.add_argument("folder", type=Path)
+    told = "remove damaged files and the manifest, so that the same command does those parts again"
+    verify.add_argument("--discard", action="store_true", help=told)
     verify.set_defaults(run=_verify)
+
+    clean = commands.add_parser("clean", help="remove what a finished stage folder does not need any more")
+    clean.add_argument("folder", type=Path)
+    clean.set_defaults(run=_clean)
 
     recipe = commands.add_parser("recipe", help="print a recipe as JSON, with --set applied")
     recipe.add_argument("name")
@@ -81,12 +87,23 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from tinyvlm.stage import verify
+    from tinyvlm.folders import discard_damaged, verify
 
     problems = verify(options.folder)
     if problems:
-        raise DataError(f"{options.folder} differs from its manifest: {'; '.join(problems)}.")
+        remedy = "add --discard, then run the stage's command again"
+        if options.discard:
+            remedy = f"removed {len(discard_damaged(options.folder))}; now run the stage's command again"
+        raise DataError(f"{options.folder} differs from its manifest: {'; '.join(problems)}; {remedy}.")
     sys.stdout.write(f"{options.folder}: every file matches its manifest.\n")
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from tinyvlm.folders import clean
+
+    left = clean(options.folder)
+    sys.stdout.write(f"{options.folder}: removed {len(left)} of its files, none of them named by the manifest.\n")
     return 0
 
 

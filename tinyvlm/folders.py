@@ -43,10 +43,15 @@ class Part:
     path: str
     offset: int
     num_rows: int
+    generation: int = 0
+    """0, or which retry of some rows this is (see retry.py)."""
+    previous: str = ""
+    """Name of the data file that a retry starts from."""
 
     @property
     def file_name(self) -> str:
-        return f"part-{self.index:05d}.parquet"
+        generation = f".g{self.generation}" if self.generation else ""
+        return f"part-{self.index:05d}{generation}.parquet"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class PartResult:
     counts: dict[str, int]
     num_bytes: int
     seconds: float = 0.0
+    name: str = ""
+    """Name of the data file."""
     resumed: bool = False
     file: dict[str, Any] = field(default_factory=dict)
     """The data file's entry in the manifest; empty when an earlier run wrote it."""
@@ -94,13 +101,21 @@ class Manifest:
     created: str
     tinyvlm_version: str
     git_commit: str | None
+    generation: int = 0
+    """How often rows of some statuses were done again."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
         """Fingerprint of what came out: a folder made anew with other rows is another input to the next stage."""
-        contents = {name: entry.get("content") or entry.get("sha256") for name, entry in self.files.items()}
+        contents = [entry.get("content") or entry.get("sha256") for _, entry in sorted(self.files.items())]
         return settings.fingerprint([self.fingerprint, contents])
+
+    @property
+    def parts(self) -> dict[int, str]:
+        """Index of each part → name of the data file that holds it."""
+        names = (name for name in self.files if name.startswith("part-"))
+        return {int(name.removeprefix("part-").split(".")[0]): name for name in sorted(names)}
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -175,11 +190,28 @@ def point_latest(root: Path, stage_name: str, folder: Path) -> None:
 
 def close_folder(folder: Path, manifest: Manifest, statistics: dict[str, Any]) -> None:
     """Write what a person looks at, then the manifest; after this the folder is finished."""
+    write_report(folder, statistics)
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """From now on the folder is what this manifest says."""
+    write_atomic(folder / "manifest.json", json.dumps(settings.to_dict(manifest), indent=2))
+
+
+def write_report(folder: Path, statistics: dict[str, Any]) -> None:
+    """stats.json and report.html."""
     from tinyvlm.report import stage_report
 
     write_atomic(folder / "stats.json", json.dumps(statistics, indent=2))
     write_atomic(folder / "report.html", stage_report(statistics))
-    write_atomic(folder / "manifest.json", json.dumps(settings.to_dict(manifest), indent=2))
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The data files of a stage folder in the order of their parts: those of the manifest, else all finished ones."""
+    if (folder / "manifest.json").is_file():
+        return [folder / "data" / name for _, name in sorted(Manifest.read(folder).parts.items())]
+    return sorted((folder / "data").glob("part-*.parquet"))
 
 
 def require_space(root: Path, num_bytes: int, writer: str) -> None:
@@ -214,7 +246,7 @@ def read_rows(path: str, offset: int, num_rows: int, columns: Sequence[str] | No
 
 def scan(folder: Path, columns: Sequence[str], *, only_ok: bool = False) -> Iterator[pa.Table]:
     """The named columns of each finished part of a stage folder, one table a part."""
-    for path in sorted((folder / "data").glob("part-*.parquet")):
+    for path in part_paths(folder):
         filters = [("status", "=", schema.OK)] if only_ok else None
         yield pq.read_table(path, columns=list(columns), filters=filters)
 
@@ -259,6 +291,50 @@ def verify(folder: Path) -> list[str]:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 problems.append(f"{name} has changed")
     return problems
+
+
+def discard_damaged(folder: Path) -> list[str]:
+    """Remove the data files that are missing or not as the manifest says, and the manifest; gives their names.
+
+    The same command then does those parts again, and no others.
+
+    Raises:
+        DataError: the folder is not finished.
+    """
+    damaged = [problem.split(" ")[0] for problem in verify(folder)]
+    if not damaged:
+        return []
+    for name in damaged:
+        (folder / name if "/" in name else folder / "data" / name).unlink(missing_ok=True)
+    for index, name in Manifest.read(folder).parts.items():
+        first = folder / "data" / Part(index, "", 0, 0).file_name
+        # Without a manifest the first generation counts: it must be neither an older one nor be there at all.
+        if name in damaged:
+            first.unlink(missing_ok=True)
+        elif name != first.name:
+            os.replace(folder / "data" / name, first)
+    (folder / "manifest.json").unlink()
+    return damaged
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove what the manifest of a finished folder does not name: older generations, journals, half-written files.
+
+    Raises:
+        DataError: the folder is not finished, or a driver works in it.
+    """
+    from tinyvlm.lease import Lease
+
+    manifest = Manifest.read(folder)
+    with Lease.take(folder):
+        left = [path for path in (folder / "data").iterdir() if path.name not in manifest.files]
+        left += folder.glob(".*.tmp")
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith(".lease."):
+                path.unlink(missing_ok=True)
+    return left
 
 
 def git_commit() -> str | None:

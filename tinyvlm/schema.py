@@ -6,7 +6,12 @@ attempts) may differ between two runs of the same work; two runs are equal when 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 import pyarrow as pa
+
+from tinyvlm.errors import ConfigError
 
 OK = "ok"
 
@@ -59,6 +64,25 @@ TRANSIENT = ("throttled", "timeout", "broken", "dead.host", "internal_error")
 
 MEASURED = {b"measured": b"true"}
 """Field metadata of columns that two equal runs may disagree in."""
+
+
+def statuses_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The statuses that names mean: statuses, families (`timeout`), "transient", or "failed" (all but ok).
+
+    Raises:
+        ConfigError: a name that is none of these, with the nearest one.
+    """
+    groups = {"transient": TRANSIENT, "failed": tuple(STATUSES)}
+    found: set[str] = set()
+    for name in names:
+        for wanted in groups.get(name, (name,)):
+            fitting = {status for status in STATUSES if status == wanted or status.startswith(f"{wanted}.")} - {OK}
+            if not fitting and wanted != OK:
+                known = [*groups, *STATUSES, *(status.split(".")[0] for status in STATUSES)]
+                near = difflib.get_close_matches(wanted, known, n=1, cutoff=0)[0]
+                raise ConfigError(f"There is no status {wanted!r}; did you mean {near!r}?")
+            found |= fitting
+    return tuple(status for status in STATUSES if status in found)
 
 
 def _row(*fields: pa.Field) -> pa.Schema:

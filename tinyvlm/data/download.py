@@ -1,6 +1,6 @@
 """Stage `download`: links → pictures, or the reason why not; one outcome row for each link.
 
-    rows of a part ─▶ all links at once, under limits (fetch.py) ─▶ bytes ─▶ threads: decode, square, JPEG ─▶ rows
+    rows of a part ─▶ each different link once (downloader.py) ─▶ journal ─▶ an outcome row for every input row
 
 `store=finished` keeps the square picture (one pass, no second decode); `store=original` keeps the bytes as they came,
 after checking that they decode, and leaves the rest to `preprocess`.  `sha256` is of the bytes as they came.
@@ -8,14 +8,10 @@ after checking that they decode, and leaves the rest to `preprocess`.  `sha256` 
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import logging
+import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,14 +21,15 @@ import pyarrow.parquet as pq
 
 from tinyvlm import images, schema
 from tinyvlm.config import speed
-from tinyvlm.data.addresses import Known
-from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher
-from tinyvlm.stage import Stage, scan
+from tinyvlm.data.downloader import Downloader, Outcome
+from tinyvlm.data.fetch import FetchConfig
+from tinyvlm.errors import ConfigError
+from tinyvlm.folders import part_paths, scan
+from tinyvlm.journal import Journal
+from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +41,20 @@ class DownloadConfig:
     fetch: FetchConfig = field(default_factory=FetchConfig)
     decode_threads: int = speed(2)
     """Pictures decoded at a time in one worker."""
+    parts_at_once: int = speed(8)
+    """Parts that a worker has in hand at a time, so that slow links of one do not hold up the others."""
 
-
-@dataclass
-class _Outcome:
-    """The columns that a link's answer and picture fill."""
-
-    answer: Answer
-    image: bytes | None = None
-    sha256: str | None = None
-    phash: int | None = None
-    bytes: int | None = None
-    format: str | None = None
-    width: int | None = None
-    height: int | None = None
-    finished_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    def __post_init__(self) -> None:
+        for name in ("decode_threads", "parts_at_once"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"download.{name} wants at least 1, but got {getattr(self, name)}.")
 
 
 class Download(Stage):
     """Fetches and checks the pictures of a part's links, all at the same time."""
 
     name = "download"
-    version = 2
+    version = 3
     reads = ("links",)
     writes = schema.DOWNLOADED
 
@@ -76,7 +65,9 @@ class Download(Stage):
         if config.store == "finished":  # originals do not depend on what the finished picture looks like
             self.settings["picture"] = picture.stored
             self.bytes_per_row = picture.size**2 // 4
-        self._dns_cache: dict[str, Known] = {}
+        self.parts_at_once = config.parts_at_once
+        self._running: Downloader | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Download:
@@ -88,17 +79,65 @@ class Download(Stage):
         return rows
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        try:
+            return self.map_part(rows, None)
+        finally:
+            self.close()
+
+    def map_part(self, rows: pa.Table, journal: Journal | None) -> pa.Table:
+        """Ask for each different link once; outcomes that the journal has are not asked for again."""
         images.quiet_pillow()
-        outcomes = asyncio.run(self._run(rows["url"].to_pylist()))
-        answers = [outcome.answer for outcome in outcomes]
-        columns: dict[str, Any] = {name: rows[name] for name in ("key", "url", "caption", "meta")}
+        keys = rows["key"].to_pylist()
+        links = [(url or "").strip() for url in rows["url"].to_pylist()]
+        first: dict[str, int] = {}
+        leaders = [first.setdefault(link, place) if link else place for place, link in enumerate(links)]
+        tables = [journal.read() if journal else self.writes.empty_table()]
+        kept = set(tables[0]["key"].to_pylist())
+        asked = [place for place in sorted(set(leaders)) if keys[place] not in kept]
+        for batch in self._downloader().outcomes([links[place] for place in asked]):
+            table = self._table(rows.take([asked[at] for at, _ in batch]), [outcome for _, outcome in batch])
+            if journal:
+                journal.append(table)
+            tables.append(table)
+        done = pa.concat_tables(tables)
+        places = {key: place for place, key in enumerate(done["key"].to_pylist())}
+        answers = done.take([places[keys[leader]] for leader in leaders])
+        duplicates = [keys[leader] if leader != place else None for place, leader in enumerate(leaders)]
+        return self._with(answers, rows, {"duplicate_of": duplicates})
+
+    def close(self) -> None:
+        """End the worker's event loop and decoders."""
+        with self._lock:
+            if self._running is not None:
+                self._running.close()
+            self._running = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_running", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _running=None, _lock=threading.Lock())
+
+    def _downloader(self) -> Downloader:
+        """One for all threads of this worker."""
+        with self._lock:
+            if self._running is None:
+                self._running = Downloader(self.config, self.picture, self.limits)
+            return self._running
+
+    def _table(self, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+        columns: dict[str, Any] = {"duplicate_of": [None] * len(outcomes)}
         for name in ("status", "detail", "http_status", "final_url", "attempts", "milliseconds"):
-            columns[name] = [getattr(answer, name) for answer in answers]
-        for name in ("image", "sha256", "phash", "bytes", "format", "width", "height"):
+            columns[name] = [getattr(outcome.answer, name) for outcome in outcomes]
+        for name in ("image", "sha256", "phash", "bytes", "format", "width", "height", "finished_at"):
             columns[name] = [getattr(outcome, name) for outcome in outcomes]
-        columns["duplicate_of"] = [None] * rows.num_rows
-        columns["finished_at"] = [outcome.finished_at for outcome in outcomes]
-        return pa.table({name: columns[name] for name in schema.DOWNLOADED.names}, schema=schema.DOWNLOADED)
+        return self._with(None, rows, columns)
+
+    def _with(self, answers: pa.Table | None, rows: pa.Table, columns: dict[str, Any]) -> pa.Table:
+        """A table of this stage: what `rows` say of the links, then `columns`, the rest from `answers`."""
+        columns |= {name: rows[name] for name in ("key", "url", "caption", "meta")}
+        chosen = {name: columns[name] if name in columns else answers[name] for name in self.writes.names}
+        return pa.table(chosen, schema=self.writes)
 
     def statistics(self, folder: Path) -> dict[str, Any]:
         """Counts, HTTP statuses, stored bytes and how long links took."""
@@ -127,42 +166,11 @@ class Download(Stage):
             ],
         }
 
-    async def _run(self, urls: Sequence[str | None]) -> list[_Outcome]:
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode") as threads:
-            async with Fetcher(self.config.fetch, self.limits, self._dns_cache) as fetcher:
-
-                async def one(url: str | None) -> _Outcome:
-                    answer = await fetcher.fetch(url or "")
-                    if answer.body is None:
-                        return _Outcome(answer)
-                    return await loop.run_in_executor(threads, self._keep, answer)
-
-                return await asyncio.gather(*(one(url) for url in urls))
-
-    def _keep(self, answer: Answer) -> _Outcome:
-        """Decode the body and keep what the settings say; runs in a thread."""
-        body, answer.body = answer.body or b"", None
-        outcome = _Outcome(answer, sha256=hashlib.sha256(body).hexdigest(), bytes=len(body))
-        try:
-            outcome.format, image = images.decode_as(body, self.limits)
-            outcome.width, outcome.height = image.size
-            outcome.phash = images.perceptual_hash(image)
-            if self.config.store == "finished":
-                body = images.to_jpeg(images.square(image, self.picture)[0], self.picture.jpeg_quality)
-            outcome.image = body
-        except images.ImageError as error:
-            answer.status, answer.detail = error.status, error.detail[:200]
-        except Exception as error:  # a bug of ours, or no memory: costs a row, not the run
-            _log.exception("cannot decode %s", answer.final_url)
-            answer.status, answer.detail = "internal_error", f"{type(error).__name__}: {error}"[:200]
-        return outcome
-
 
 def _stored_bytes(folder: Path) -> int:
     """Size of the image column, from the files' footers."""
     total = 0
-    for path in (folder / "data").glob("part-*.parquet"):
+    for path in part_paths(folder):
         footer = pq.read_metadata(path)
         column = footer.schema.to_arrow_schema().get_field_index("image")
         groups = (footer.row_group(group) for group in range(footer.num_row_groups))

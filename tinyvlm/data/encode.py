@@ -31,8 +31,9 @@ from tinyvlm.data import towers
 from tinyvlm.data.placeholder import DESIGNS, repeated_pictures
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import ConfigError
+from tinyvlm.folders import scan
 from tinyvlm.images import ImageError, PictureConfig
-from tinyvlm.stage import Stage, scan
+from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from tinyvlm.data.clip import Tower

@@ -22,9 +22,10 @@ from tinyvlm.data import towers
 from tinyvlm.data.encode import Dtype
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import ConfigError
+from tinyvlm.folders import scan
 from tinyvlm.images import PictureConfig
 from tinyvlm.labels import Label, load_labels
-from tinyvlm.stage import Stage, scan
+from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from tinyvlm.data.clip import Labeller

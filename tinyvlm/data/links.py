@@ -1,7 +1,7 @@
 """A list of links in Parquet, CSV or JSONL → the `links` folder that `download` reads.
 
     links.parquet | links.csv | links.jsonl | a folder of them
-        └─ needed columns, first `limit` rows, in file order ─▶ {root}/links-{fingerprint}/data/part-00000.parquet …
+        └─ needed columns, first `limit` rows ─ hosts together ─▶ {root}/links-{fingerprint}/data/part-00000.parquet …
 
 The folder is one of the line's stage folders, with rows of `schema.LINKS`, cut into one file for each part of the
 download.  Making it streams through the input, so that a list of any length fits into memory, and happens once: the
@@ -33,12 +33,14 @@ from numpy.typing import NDArray
 import tinyvlm
 from tinyvlm import config as settings
 from tinyvlm import schema, stage
+from tinyvlm.data.routing import Router, SortedParts
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import describe_part, require_space
+from tinyvlm.folders import Input, Manifest, close_folder, describe_part, git_commit, point_latest, require_space
 
 STAGE = "links"
-VERSION = 1
+VERSION = 2
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+_BATCH_ROWS = 20_000
 _BLOCK_BYTES = 16 << 20
 """How much of a CSV or JSONL file is parsed at a time; no single row may be larger."""
 
@@ -58,7 +60,7 @@ class LinksConfig:
     limit: int = 5_000_000
     """How many rows are used at most, from the start of the list."""
     rows_per_part: int = 1_000
-    """Rows that are downloaded together, written together, and lost together in a crash."""
+    """Rows that are written together; a few more where a host or a link with its copies would be torn apart."""
 
     def __post_init__(self) -> None:
         if self.limit < 1 or self.rows_per_part < 1:
@@ -73,7 +75,7 @@ class LinksConfig:
         return list(dict.fromkeys([*key, self.url_column, self.caption_column, *self.meta_columns]))
 
 
-def open_links(path: Path, config: LinksConfig, root: Path) -> stage.Input:
+def open_links(path: Path, config: LinksConfig, root: Path) -> Input:
     """The download's input for the list at `path`, written as a `links` folder under `root` unless it is there already.
 
     Raises:
@@ -85,7 +87,7 @@ def open_links(path: Path, config: LinksConfig, root: Path) -> stage.Input:
     folder = root.absolute() / f"{STAGE}-{fingerprint[:12]}"
     if not (folder / "manifest.json").is_file():
         _make_folder(folder, files, config, fingerprint)
-    stage.point_latest(folder.parent, STAGE, folder)
+    point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
 
 
@@ -144,7 +146,8 @@ def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerpr
     entries: dict[str, dict[str, Any]] = {}
     num_rows = 0
     all_keys: list[NDArray[np.int64]] = []
-    for index, table in enumerate(_parts(files, config)):
+    router = Router(config.rows_per_part)
+    for index, table in enumerate(_routed(files, config, folder / "sorting", router)):
         num_rows += table.num_rows
         if config.key_column is not None:
             all_keys.append(table["key"].to_numpy())
@@ -154,7 +157,7 @@ def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerpr
         raise DataError(f"The list of links at {files[0].parent if len(files) > 1 else files[0]} has no rows.")
     _check_unique(all_keys, config)
     seconds = round(time.perf_counter() - started, 2)
-    manifest = stage.Manifest(
+    manifest = Manifest(
         stage=STAGE,
         version=VERSION,
         fingerprint=fingerprint,
@@ -167,26 +170,35 @@ def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerpr
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tinyvlm_version=tinyvlm.__version__,
-        git_commit=stage.git_commit(),
+        git_commit=git_commit(),
+        extra={"giants": sorted(router.giants)},
     )
     statistics = {"stage": STAGE, "rows_in": num_rows, "rows_out": num_rows, "statuses": {}, "seconds": seconds}
-    stage.close_folder(folder, manifest, statistics)
+    close_folder(folder, manifest, statistics)
 
 
-def _parts(files: list[Path], config: LinksConfig) -> Iterator[pa.Table]:
-    """Tables of `rows_per_part` rows (the last one shorter), across the borders of files."""
-    waiting: list[pa.Table] = []
-    missing = config.rows_per_part
-    for rows in _rows(files, config):
-        while rows.num_rows >= missing:
-            yield pa.concat_tables([*waiting, rows.slice(0, missing)])
-            rows = rows.slice(missing)
-            waiting, missing = [], config.rows_per_part
-        if rows.num_rows:
-            waiting.append(rows)
-            missing -= rows.num_rows
-    if waiting:
-        yield pa.concat_tables(waiting)
+def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router) -> Iterator[pa.Table]:
+    """The list's rows as parts: hosts together, copies of a link in one part (see routing.py)."""
+    for urls in _urls(files, config):
+        router.count(urls)
+    with SortedParts(folder, schema.LINKS, router.num_rows) as parts:
+        for rows in _rows(files, config):
+            parts.add(rows, router.routes(rows))
+        yield from parts.parts(config.rows_per_part)
+    shutil.rmtree(folder)
+
+
+def _urls(files: list[Path], config: LinksConfig) -> Iterator[pa.ChunkedArray]:
+    """The links alone, of the first `limit` rows."""
+    left = config.limit
+    for file in files:
+        with _reading(file):
+            for batch in _batches(file, config, [config.url_column]):
+                links = pa.table([_cast(batch.slice(0, left), config.url_column, pa.string(), "text")], ["url"])
+                yield links["url"]
+                left -= links.num_rows
+                if not left:
+                    return
 
 
 def _rows(files: list[Path], config: LinksConfig) -> Iterator[pa.Table]:
@@ -194,7 +206,7 @@ def _rows(files: list[Path], config: LinksConfig) -> Iterator[pa.Table]:
     num_rows = 0
     for file in files:
         with _reading(file):
-            for batch in _batches(file, config):
+            for batch in _batches(file, config, config.columns):
                 rows = _normalise(batch.slice(0, config.limit - num_rows), config, num_rows)
                 num_rows += rows.num_rows
                 yield rows
@@ -260,20 +272,20 @@ def _column_names(file: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _batches(file: Path, config: LinksConfig) -> Iterator[pa.RecordBatch]:
-    """The needed columns of a file, a little at a time."""
+def _batches(file: Path, config: LinksConfig, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, a little at a time."""
     if file.suffix == ".parquet":
         with pq.ParquetFile(file) as parquet:
-            yield from parquet.iter_batches(batch_size=config.rows_per_part, columns=config.columns)
+            yield from parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
     elif file.suffix == ".csv":
-        texts = {config.url_column: pa.string(), config.caption_column: pa.string()}
-        converting = pa_csv.ConvertOptions(include_columns=config.columns, column_types=texts)
+        texts = {name: pa.string() for name in (config.url_column, config.caption_column) if name in columns}
+        converting = pa_csv.ConvertOptions(include_columns=columns, column_types=texts)
         with pa_csv.open_csv(file, _csv_reading(), _csv_parsing(), converting) as reader:
             yield from reader
     else:
         with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
             for batch in reader:
-                yield batch.select(config.columns)
+                yield batch.select(columns)
 
 
 def _csv_reading() -> Any:

@@ -25,7 +25,8 @@ from tinyvlm.chat import Message, Picture
 from tinyvlm.data.samples import sheet_item
 from tinyvlm.data.sources import FAMILIES, SPLITS, Dialogue, Source, SourceRow
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.stage import Stage, scan
+from tinyvlm.folders import scan
+from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe

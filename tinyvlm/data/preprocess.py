@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from tinyvlm import images, schema
 from tinyvlm.errors import ConfigError
-from tinyvlm.stage import Manifest, Stage, read_rows, scan
+from tinyvlm.folders import Manifest, read_rows, scan
+from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe

@@ -9,12 +9,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from tinyvlm.folders import part_paths
+
 
 def rows_by_key(folder: Path, keys: Iterable[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
     """The rows of a stage folder with these keys; only row groups whose range of keys fits are read."""
     wanted = set(keys)
     found: dict[int, dict[str, Any]] = {}
-    for path in sorted((folder / "data").glob("part-*.parquet")):
+    for path in part_paths(folder):
         if len(found) == len(wanted):
             break
         filters = [("key", "in", sorted(wanted - set(found)))]

@@ -20,7 +20,7 @@ from tinyvlm.data.prepare import messages_of
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.eval.captions import cider, corpus_bleu, mean_published_bleu, rouge_l
 from tinyvlm.eval.vqa import BlindGuesser, is_right, normalise
-from tinyvlm.stage import scan
+from tinyvlm.folders import scan
 
 Row = dict[str, Any]
 

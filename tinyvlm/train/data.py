@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from tinyvlm import schema
 from tinyvlm.chat import Message, Part, Picture
 from tinyvlm.errors import DataError, InputError
+from tinyvlm.folders import part_paths
 from tinyvlm.images import ImageError
 from tinyvlm.model.processing import Sample, TinyVLMProcessor
 from tinyvlm.train.features import Cache
@@ -39,7 +40,7 @@ _DIGESTS = "images.list.element.sha256"
 
 def data_files(folder: Path) -> list[Path]:
     """The data files of a stage folder, in order; their positions are the `part` of a plan."""
-    return sorted((folder / "data").glob("part-*.parquet"))
+    return part_paths(folder)
 
 
 def messages_of(row: Sequence[dict[str, Any]]) -> list[Message]:

@@ -1,0 +1,149 @@
+"""Which links are downloaded together: all of a host in one place, all copies of a link in one part.
+
+    links ──count rows of each host──▶ giants
+    links ──route: hash of the host; for a giant, hash of the link──▶ sorted by route on disk ──▶ cut into parts
+
+So what is known of a host (its pace, its name lookup, that it is dead) is known where its links are, and the same link
+is asked for once.  A giant, a host with more rows than a quarter of a part, is spread over all parts and workers, which
+share its budget (see fetch.py).  Sorting goes through files, so a list of any length fits into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Hashes = NDArray[np.uint64]
+
+_HOST = r"(?i)^\s*(?:https?:)?//(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/?#:\s]+)"
+_COUNTERS = 1 << 22
+"""Hosts are counted by hash; two that share a counter may make a giant too many, which costs nothing but its place."""
+_ROWS_PER_BUCKET = 400_000
+_MAX_BUCKETS = 256
+"""Files that are open at a time while sorting."""
+_WAITING_ROWS = 200_000
+_MOST_TIMES = 4
+"""A part has at most so many times its usual rows: a link with more copies is asked for once in each of its parts."""
+
+
+def hosts_of(urls: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The host of each link in lower case; "" where there is none."""
+    found = pc.struct_field(pc.extract_regex(urls, _HOST), "host")
+    return pc.fill_null(pc.utf8_lower(found), "")
+
+
+def hashes_of(texts: pa.ChunkedArray) -> Hashes:
+    """64 bits of BLAKE2b of each text; equal texts are hashed once."""
+    coded = texts.combine_chunks().dictionary_encode()
+    each = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in coded.dictionary.to_pylist()]
+    found: Hashes = np.frombuffer(b"".join(each), ">u8").astype(np.uint64)
+    places: NDArray[np.int64] = coded.indices.to_numpy()
+    return found[places]
+
+
+class Router:
+    """First `count` all links, then ask for `routes`."""
+
+    def __init__(self, rows_per_part: int) -> None:
+        self.num_rows = 0
+        self.giants: set[str] = set()
+        """Names of the giants among the links that were routed."""
+        self._most = max(1, rows_per_part // 4)
+        self._counts = np.zeros(_COUNTERS, np.int64)
+
+    def count(self, urls: pa.ChunkedArray) -> None:
+        """Take some links into account."""
+        self.num_rows += len(urls)
+        places = (hashes_of(hosts_of(urls)) % _COUNTERS).astype(np.int64)
+        self._counts += np.bincount(places, minlength=_COUNTERS)
+
+    def routes(self, rows: pa.Table) -> Hashes:
+        """A number for each row of `schema.LINKS`; rows with the same number should stay together."""
+        urls = rows["url"]
+        hosts = hosts_of(urls)
+        routes = hashes_of(hosts)
+        nowhere = pc.equal(hosts, "").to_numpy()
+        routes[nowhere] = hashes_of(rows["key"].filter(pa.array(nowhere)).cast(pa.string()))
+        is_giant = (self._counts[(routes % _COUNTERS).astype(np.int64)] > self._most) & ~nowhere
+        if is_giant.any():
+            mask = pa.array(is_giant)
+            self.giants |= set(pc.unique(hosts.filter(mask)).to_pylist())
+            routes[is_giant] = hashes_of(pc.utf8_trim_whitespace(urls.filter(mask)))
+        return routes
+
+
+class SortedParts:
+    """Sorts rows by route through files in `folder`, and cuts them into parts.  Use as a context manager."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, num_rows: int) -> None:
+        self.folder, self.schema = folder, schema.append(pa.field("route", pa.uint64()))
+        self._num_buckets = min(_MAX_BUCKETS, -(-max(1, num_rows) // _ROWS_PER_BUCKET))
+        self._files: dict[int, Any] = {}
+        self._waiting: list[pa.Table] = []
+        self._num_waiting = 0
+        folder.mkdir(parents=True)
+
+    def __enter__(self) -> SortedParts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._files.values():
+            writer.close()
+
+    def add(self, rows: pa.Table, routes: Hashes) -> None:
+        """Some more rows of the schema, each with its route."""
+        self._waiting.append(rows.append_column("route", pa.array(routes)))
+        self._num_waiting += rows.num_rows
+        if self._num_waiting >= _WAITING_ROWS:
+            self._spill()
+
+    def parts(self, rows_per_part: int) -> Iterator[pa.Table]:
+        """Tables of about `rows_per_part` rows, all rows of a route in the same one, inside a table sorted by key."""
+        self._spill()
+        for writer in self._files.values():
+            writer.close()
+        rest = self.schema.empty_table()
+        for bucket in sorted(self._files):
+            with pa.OSFile(str(self._path(bucket))) as file:
+                rows = pa.ipc.open_file(file).read_all()
+            rows = rows.sort_by([("route", "ascending"), ("key", "ascending")])
+            rest = pa.concat_tables([rest, rows]).combine_chunks()
+            routes = rest["route"].to_numpy()
+            start = 0
+            while len(routes) - start >= rows_per_part:
+                end = int(np.searchsorted(routes, routes[start + rows_per_part - 1], side="right"))
+                end = min(end, start + _MOST_TIMES * rows_per_part)
+                yield self._part(rest.slice(start, end - start))
+                start = end
+            rest = rest.slice(start)
+        if rest.num_rows:
+            yield self._part(rest)
+
+    def _part(self, rows: pa.Table) -> pa.Table:
+        return rows.drop_columns(["route"]).sort_by("key").combine_chunks()
+
+    def _spill(self) -> None:
+        """Write the waiting rows to the files of their buckets, which are ranges of routes."""
+        if not self._waiting:
+            return
+        rows = pa.concat_tables(self._waiting)
+        self._waiting, self._num_waiting = [], 0
+        # Buckets in the order of routes: the high bits decide.
+        buckets = (rows["route"].to_numpy() >> np.uint64(32)) * np.uint64(self._num_buckets) >> np.uint64(32)
+        order = np.argsort(buckets, kind="stable")
+        numbers, starts = np.unique(buckets[order], return_index=True)
+        rows = rows.take(pa.array(order))
+        for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], rows.num_rows], strict=True):
+            if number not in self._files:
+                self._files[number] = pa.ipc.new_file(str(self._path(number)), self.schema)
+            self._files[number].write_table(rows.slice(start, end - start).combine_chunks())
+
+    def _path(self, bucket: int) -> Path:
+        return self.folder / f"{bucket:03d}.arrow"

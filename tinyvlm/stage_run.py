@@ -1,0 +1,357 @@
+"""Carry out one stage on one input: plan its parts, work on each, account for every row, close the folder.
+
+    part of input ─▶ Stage.select ─▶ Stage.map_part ─▶ checked (contract.py) ─▶ data/part-00007.parquet
+                                                                                       │ all parts
+                             manifest.json ◀─ report.html ◀─ stats.json ◀─ every row accounted for
+
+A retry of some statuses works the same way on a finished folder: each part that has such rows is written anew as
+`part-00007.g1.parquet`, and counts from the moment when a new manifest names it; the old files stay for `clean`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import tinyvlm
+from tinyvlm import config as settings
+from tinyvlm import schema
+from tinyvlm.contract import check_counts, check_rows
+from tinyvlm.errors import ConfigError, DataError, StageError, TinyVLMError
+from tinyvlm.folders import (
+    Input,
+    Manifest,
+    Part,
+    PartResult,
+    close_folder,
+    describe_part,
+    git_commit,
+    point_latest,
+    read_rows,
+    require_space,
+    scan,
+    write_manifest,
+    write_report,
+)
+from tinyvlm.journal import SUFFIX, Journal
+from tinyvlm.lease import STALE_S, Lease
+from tinyvlm.stage import Stage
+
+FOOTER = b"tinyvlm"
+"""Key of the JSON that each part carries in its Parquet footer: {"counts": {status: rows}, "rows_in": n}."""
+
+log = logging.getLogger(__name__)
+
+Execute = Callable[[list[Part], int], Iterable[PartResult]]
+"""Works on parts under a lease number and gives each one's result as it comes."""
+
+
+class StageRun:
+    """One stage being carried out on one input: plans parts, works on each, and closes the folder."""
+
+    def __init__(self, stage: Stage, source: Input, root: Path, retry: Sequence[str] = ()) -> None:
+        """`retry`: rows of these statuses (see `schema.statuses_of`) are done again in a folder that is finished."""
+        # A copy, so that the same stage object may be run on another input.
+        self.stage, self.source, self.root = copy.copy(stage), source, root.absolute()
+        self.retry = schema.statuses_of(retry)
+        if self.retry and stage.fan_out:
+            raise ConfigError(f"{stage.name} makes several rows of one, so single rows cannot be tried again.")
+        self.stage.folders = source.folders
+        identity = [stage.name, stage.version, settings.to_dict(stage.settings, with_speed=False), source.fingerprint]
+        self.fingerprint = settings.fingerprint(identity)
+        self.folder = self.root / f"{stage.name}-{self.fingerprint[:12]}"
+
+    @property
+    def is_finished(self) -> bool:
+        """There is a manifest, and no row in it that should be tried again."""
+        if not (self.folder / "manifest.json").is_file():
+            return False
+        return not self.retry or not set(self.retry) & set(Manifest.read(self.folder).statuses)
+
+    def finished_manifest(self) -> Manifest:
+        """The manifest of a finished folder; also points `latest` at it."""
+        manifest = Manifest.read(self.folder)
+        self._refresh_report(manifest)
+        point_latest(self.root, self.stage.name, self.folder)
+        what = f"has no row left with status {', '.join(self.retry)}" if self.retry else "is finished already"
+        log.info("%s %s, nothing to do: %s", self.stage.name, what, self.folder)
+        return manifest
+
+    def todo(self) -> tuple[list[Part], list[PartResult]]:
+        """Parts still to do, and the results of those that are done."""
+        parts, done = self._plan()
+        todo: list[Part] = []
+        for part in parts:
+            result = self._read_result(part)
+            if result is None:
+                todo.append(part)
+            else:
+                done.append(result)
+        return todo, done
+
+    def _plan(self) -> tuple[list[Part], list[PartResult]]:
+        """The parts of this run, and the results of those that a retry leaves as they are."""
+        if not self.retry or not (self.folder / "manifest.json").is_file():
+            return list(self.source.parts), []
+        manifest = Manifest.read(self.folder)
+        parts: list[Part] = []
+        kept: list[PartResult] = []
+        for part in self.source.parts:
+            result = self._read_result(part, manifest.parts[part.index])
+            if result is None:
+                raise StageError(f"{self.folder} is damaged; see `tinyvlm verify {self.folder}`.")
+            if set(self.retry) & set(result.counts):
+                parts.append(replace(part, generation=manifest.generation + 1, previous=result.name))
+            else:
+                kept.append(result)
+        return parts, kept
+
+    def check(self) -> None:
+        """Everything that can be known to fail before the first byte is written.
+
+        Raises:
+            TinyVLMError: no rows, an output that cannot be written, too little disk, or what `Stage.check` says.
+        """
+        if not self.source.parts:
+            raise DataError(f"{self.stage.name} has nothing to do: its input holds no rows.")
+        num_rows = sum(part.num_rows for part in self.todo()[0])
+        require_space(self.root, num_rows * self.stage.bytes_per_row, self.stage.name)
+        self.stage.check()
+
+    def carry_out(self, execute: Execute) -> Manifest:
+        """Do what is left to do, through `execute`, and close the folder; a finished one is left as it is.
+
+        Raises:
+            TinyVLMError: parts that are done stay, and the same command continues.
+        """
+        if self.is_finished:
+            return self.finished_manifest()
+        self.check()
+        started = time.perf_counter()
+        with Lease.take(self.folder) as lease:
+            if self.is_finished:  # by another driver, since we looked
+                return self.finished_manifest()
+            self._tidy()
+            todo, results = self.todo()
+            if results:
+                log.info("%s continues: %d of %d parts are done", self.stage.name, len(results), len(self.source.parts))
+            if todo:
+                results += execute(todo, lease.number)
+            return self.finish(results, time.perf_counter() - started, lease_number=lease.number)
+
+    def work(self, part: Part, lease_number: int | None = None) -> PartResult:
+        """Read one part, map it, check it, write it.  `lease_number` refuses the write when the lease has moved on.
+
+        Raises:
+            StageError: whatever went wrong, as a sentence; a bad row is no reason, broken code or a full disk is.
+        """
+        try:
+            return self._work(part, lease_number)
+        except TinyVLMError:
+            raise
+        except Exception as error:  # the boundary of a part: one sentence, its cause is kept
+            said = str(error).strip().splitlines()
+            raise StageError(
+                f"{self.stage.name} failed in part {part.index} ({type(error).__name__}: {said[0] if said else ''}); "
+                "parts that are done stay, and the same command continues."
+            ) from error
+
+    def finish(
+        self,
+        results: Iterable[PartResult],
+        seconds: float,
+        extra: dict[str, Any] | None = None,
+        lease_number: int | None = None,
+    ) -> Manifest:
+        """Account for every row, write stats.json and report.html, then the manifest.
+
+        Raises:
+            StageError: parts or rows are missing, or another driver holds the folder.
+        """
+        by_index = {result.index: result for result in results}
+        before = Manifest.read(self.folder).generation if (self.folder / "manifest.json").is_file() else None
+        counts, files = self._account(by_index)
+        manifest = Manifest(
+            stage=self.stage.name,
+            version=self.stage.version,
+            fingerprint=self.fingerprint,
+            settings=settings.to_dict(self.stage.settings),
+            inputs={"fingerprint": self.source.fingerprint, "folders": dict(self.source.folders)},
+            rows_in=sum(result.rows_in for result in by_index.values()),
+            rows_out=sum(counts.values()),
+            statuses=dict(counts.most_common()),
+            files=files,
+            seconds=round(seconds, 2),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            tinyvlm_version=tinyvlm.__version__,
+            git_commit=git_commit(),
+            generation=0 if before is None else before + 1,
+            extra=extra or {},
+        )
+        self._tidy()
+        if lease_number is not None:
+            Lease.check(self.folder, lease_number)
+        if before is None:
+            close_folder(self.folder, manifest, self._statistics(manifest))
+        else:  # the old manifest names the old files, so the new one comes first and statistics look at what it names
+            write_manifest(self.folder, manifest)
+            self._refresh_report(manifest)
+        point_latest(self.root, self.stage.name, self.folder)
+        return manifest
+
+    def _statistics(self, manifest: Manifest) -> dict[str, Any]:
+        """What stats.json says."""
+        retried = {"generation": manifest.generation} if manifest.generation else {}
+        return {
+            "stage": manifest.stage,
+            "rows_in": manifest.rows_in,
+            "rows_out": manifest.rows_out,
+            "statuses": manifest.statuses,
+            "seconds": manifest.seconds,
+            **retried,
+            **self.stage.statistics(self.folder),
+        }
+
+    def _refresh_report(self, manifest: Manifest) -> None:
+        """Write stats.json and report.html where they are not there, or of an earlier generation."""
+        try:
+            shown = json.loads((self.folder / "stats.json").read_text()).get("generation", 0)
+        except (OSError, ValueError):
+            shown = None
+        if shown != manifest.generation:
+            write_report(self.folder, self._statistics(manifest))
+
+    def for_worker(self, num_workers: int) -> StageRun:
+        """The same run without the list of parts: what each of `num_workers` needs to `work` on parts it is given."""
+        light = copy.copy(self)
+        light.source = replace(self.source, parts=())
+        light.stage = copy.copy(self.stage)
+        light.stage.num_workers = num_workers
+        return light
+
+    def _work(self, part: Part, lease_number: int | None) -> PartResult:
+        started = time.perf_counter()
+
+        def may_write() -> None:
+            if lease_number is not None:
+                Lease.check(self.folder, lease_number)
+
+        rows = self._read_part(part)
+        journal = Journal(self.folder / "data" / f".{part.file_name}{SUFFIX}", self.stage.writes, may_write)
+        out = self._map(part, rows, journal)
+        counts = check_rows(self.stage, part.index, rows, out)
+        footer = {FOOTER: json.dumps({"counts": counts, "rows_in": rows.num_rows}).encode()}
+        # The stage's own schema, for the marks on its columns; one chunk a column, so that equal rows are equal bytes.
+        out = pa.Table.from_arrays(out.columns, schema=self.stage.writes.with_metadata(footer)).combine_chunks()
+        path = self.folder / "data" / part.file_name
+        temporary = path.with_name(f".{part.file_name}.{uuid.uuid4().hex}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(out, temporary, compression="zstd", row_group_size=1024)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            described = describe_part(temporary)
+            # Between this check and the rename a new holder may appear; it then finds a whole and equal part.
+            may_write()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        journal.remove()
+        seconds = time.perf_counter() - started
+        return PartResult(part.index, rows.num_rows, counts, described["bytes"], seconds, path.name, file=described)
+
+    def _map(self, part: Part, rows: pa.Table, journal: Journal) -> pa.Table:
+        """All rows of a part through the stage; of a retry only those with the wanted statuses, in their old places."""
+        if not part.previous:
+            return self.stage.map_part(rows, journal)
+        before = pq.read_table(self.folder / "data" / part.previous, schema=self.stage.writes)
+        again = pc.is_in(before["status"], pa.array(self.retry))
+        chosen = pc.is_in(rows["key"], before.filter(again)["key"].combine_chunks())
+        out = pa.concat_tables([before, self.stage.map_part(rows.filter(chosen), journal)])
+        newest = {key: place for place, key in enumerate(out["key"].to_pylist())}
+        return out.take([newest[key] for key in before["key"].to_pylist()])
+
+    def _read_part(self, part: Part) -> pa.Table:
+        try:
+            rows = read_rows(part.path, part.offset, part.num_rows)
+        except (OSError, pa.ArrowInvalid) as error:
+            said = str(error).splitlines()[0]
+            raise DataError(f"{self.stage.name} cannot read its input {part.path} ({said}).") from error
+        if rows.num_rows != part.num_rows:
+            raise DataError(f"{self.stage.name} wants {part.num_rows} rows of {part.path}, which gave {rows.num_rows}.")
+        return self.stage.select(rows) if self.source.is_stage else rows
+
+    def _account(self, by_index: Mapping[int, PartResult]) -> tuple[Counter[str], dict[str, Any]]:
+        """Counts by status and the manifest's list of files.  Raises StageError unless every row is there."""
+        name = self.stage.name
+        missing = [part.index for part in self.source.parts if part.index not in by_index]
+        if missing:
+            raise StageError(f"{name} has no result for parts {missing[:10]}; run the same command again.")
+        counts: Counter[str] = Counter()
+        files: dict[str, Any] = {}
+        for part in self.source.parts:
+            result = by_index[part.index]
+            path = self.folder / "data" / result.name
+            if not path.is_file():
+                raise StageError(f"{name} wrote {path}, which is gone; run the same command again.")
+            # Two workers may have done the same part (one was thought dead): what lies there counts.
+            same = result.file and result.num_bytes == path.stat().st_size
+            entry = files[result.name] = result.file if same else describe_part(path)
+            counts.update(result.counts)
+            check_counts(self.stage, str(path), part.index, result.rows_in, result.counts, entry["rows"])
+        if self.stage.fan_out:
+            keys = np.concatenate([table["key"].to_numpy() for table in scan(self.folder, ["key"])])
+            if len(np.unique(keys)) != len(keys):
+                raise StageError(f"{name} gave the same key to rows of different parts.")
+        return counts, files
+
+    def _read_result(self, part: Part, name: str = "") -> PartResult | None:
+        path = self.folder / "data" / (name or part.file_name)
+        try:
+            footer = json.loads(pq.read_schema(path).metadata[FOOTER])
+            size = path.stat().st_size
+            return PartResult(part.index, footer["rows_in"], footer["counts"], size, name=path.name, resumed=True)
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: to be done
+            return None
+
+    def _tidy(self) -> None:
+        """Remove what killed workers left; a lease file in the making may be another driver's."""
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("data/.*.tmp")]:
+            if not path.name.startswith(".lease.") or time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink(missing_ok=True)
+
+
+def run_local(run: StageRun, on_part: Callable[[PartResult], None] = lambda result: None) -> Manifest:
+    """Carry a stage out in this process; the same folder comes out as over Ray."""
+
+    def execute(parts: list[Part], lease_number: int) -> Iterable[PartResult]:
+        waiting, running = deque(parts), set[Future[PartResult]]()
+        with ThreadPoolExecutor(run.stage.parts_at_once, thread_name_prefix="part") as threads:
+            while waiting or running:
+                while waiting and len(running) < run.stage.parts_at_once:
+                    running.add(threads.submit(run.work, waiting.popleft(), lease_number))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    on_part(future.result())
+                    yield future.result()
+
+    try:
+        return run.carry_out(execute)
+    finally:
+        run.stage.close()
