@@ -303,7 +303,7 @@ def test_a_part_that_kills_every_worker_ends_the_run(tmp_path: Path) -> None:
     write_numbers(tmp_path)
     run = start(tmp_path, double())
     part = {"part": [json.dumps(dataclasses.asdict(run.source.parts[2]))]}
-    worker = PartWorker(pickle.dumps(run.for_worker()), Lease.take(run.folder).number, 1)
+    worker = PartWorker(pickle.dumps(run.for_worker(1)), Lease.take(run.folder).number, 1)
     attempts = run.folder / "data" / ".part-00002.parquet.attempts.tmp"
     attempts.parent.mkdir()
     attempts.write_bytes(b"x" * (MAX_ATTEMPTS - 1))
