@@ -26,6 +26,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("train",), ("eval",), ("serve",)],
     [("toy",)],
     [("recipes",)],
+    [("bench",)],
     [("cli",)],
 ]
 

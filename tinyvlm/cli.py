@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from tinyvlm.bench import ingest
+
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("demo", help="the whole line on this machine, from links to a served answer")
@@ -50,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="remove what a finished stage folder does not need any more")
     clean.add_argument("folder", type=Path)
     clean.set_defaults(run=_clean)
+
+    bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    ingest.add_arguments(benches.add_parser("ingest", help="from links to finished pictures"))
 
     recipe = commands.add_parser("recipe", help="print a recipe as JSON, with --set applied")
     recipe.add_argument("name")
