@@ -103,7 +103,8 @@ class Download(Stage):
         places = {key: place for place, key in enumerate(done["key"].to_pylist())}
         answers = done.take([places[keys[leader]] for leader in leaders])
         duplicates = [keys[leader] if leader != place else None for place, leader in enumerate(leaders)]
-        return self._with(answers, rows, {"duplicate_of": duplicates})
+        columns = {name: answers[name] for name in self.writes.names}
+        return self._with(rows, {**columns, "duplicate_of": duplicates})
 
     def close(self) -> None:
         """End the worker's event loop and decoders."""
@@ -131,13 +132,12 @@ class Download(Stage):
             columns[name] = [getattr(outcome.answer, name) for outcome in outcomes]
         for name in ("image", "sha256", "phash", "bytes", "format", "width", "height", "finished_at"):
             columns[name] = [getattr(outcome, name) for outcome in outcomes]
-        return self._with(None, rows, columns)
+        return self._with(rows, columns)
 
-    def _with(self, answers: pa.Table | None, rows: pa.Table, columns: dict[str, Any]) -> pa.Table:
-        """A table of this stage: what `rows` say of the links, then `columns`, the rest from `answers`."""
+    def _with(self, rows: pa.Table, columns: dict[str, Any]) -> pa.Table:
+        """A table of this stage: what `rows` say of the links, and `columns`."""
         columns |= {name: rows[name] for name in ("key", "url", "caption", "meta")}
-        chosen = {name: columns[name] if name in columns else answers[name] for name in self.writes.names}
-        return pa.table(chosen, schema=self.writes)
+        return pa.table({name: columns[name] for name in self.writes.names}, schema=self.writes)
 
     def statistics(self, folder: Path) -> dict[str, Any]:
         """Counts, HTTP statuses, stored bytes and how long links took."""
