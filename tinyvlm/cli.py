@@ -20,9 +20,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[:1] == ["demo"]:
             return _demo(arguments[1:])
         if arguments[:1] == ["labels"]:
-            from tinyvlm.labels import command
+            from tinyvlm.labels import command as labels
 
-            return command.main(arguments[1:])
+            return labels.main(arguments[1:])
         options = _parser().parse_args(arguments)
         command: int = options.run(options)
         return command

@@ -147,6 +147,8 @@ def candidates_in_text(text: str, max_chars: int = 100_000) -> list[Candidate]:
         try:
             value, place = decoder.raw_decode(text, opening.start())
             found += candidates_in(value)
-        except (ValueError, RecursionError):  # no JSON here, or not all of it: there may be some inside
+        except ValueError:  # no JSON here, or not all of it: there may be some inside
             place = opening.end()
+        except RecursionError:
+            break
     return found
