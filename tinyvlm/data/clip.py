@@ -67,7 +67,10 @@ class Tower:
 
 
 class Labeller:
-    """Both towers, with the label texts encoded once: each worker does that when it starts, which takes seconds."""
+    """Both towers, with the label texts encoded once, by each worker when it starts.
+
+    For ViT-L/14-336 the base file's texts are as much arithmetic as some fourteen pictures: nothing worth a cache.
+    """
 
     def __init__(self, config: ExploreConfig, picture: PictureConfig, texts: Sequence[str]) -> None:
         self.model = _load(CLIPModel, config.model, config.dtype, "explore.model")
