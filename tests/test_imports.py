@@ -25,7 +25,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("generation",), ("data",)],
     [("train",), ("eval",), ("serve",)],
     [("toy",)],
-    [("recipes",)],
+    [("recipes",), ("labels.command",)],
     [("bench",)],
     [("cli",)],
 ]

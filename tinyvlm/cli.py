@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["demo"]:
             return _demo(arguments[1:])
+        if arguments[:1] == ["labels"]:
+            from tinyvlm.labels import command as labels
+
+            return labels.main(arguments[1:])
         options = _parser().parse_args(arguments)
         command: int = options.run(options)
         return command
@@ -35,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("demo", help="the whole line on this machine, from links to a served answer")
+    commands.add_parser("labels", help="list, check and grow the label files of the explore stage")
 
     ask = commands.add_parser("ask", help="ask a running endpoint about pictures")
     ask.add_argument("question")

@@ -133,11 +133,15 @@ PREPROCESSED = _row(
 )
 """`image`: JPEG of the finished square picture; `fit`: "crop" or "pad"."""
 
+_LIKELY = pa.struct([pa.field("label", pa.string(), False), pa.field("confidence", pa.float32(), False)])
+
 EXPLORED = _row(
     pa.field("label", pa.string()),
     pa.field("category", pa.string()),
     pa.field("confidence", pa.float32()),
+    pa.field("top", pa.list_(_LIKELY)),
 )
+"""`confidence`: the label's share of the softmax over all labels; `top`: the likeliest labels, `label` first."""
 
 
 def encoded(num_tokens: int, width: int) -> pa.Schema:

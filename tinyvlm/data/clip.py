@@ -26,7 +26,7 @@ from transformers.utils import logging
 from tinyvlm import images
 from tinyvlm.data import towers
 from tinyvlm.data.placeholder import reference_pictures
-from tinyvlm.errors import CheckpointError
+from tinyvlm.errors import CheckpointError, ConfigError
 from tinyvlm.images import ImageError, LimitConfig, PictureConfig
 from tinyvlm.model.configuration import check_grid
 from tinyvlm.model.modeling import pool_patches
@@ -34,6 +34,9 @@ from tinyvlm.model.modeling import pool_patches
 if TYPE_CHECKING:
     from tinyvlm.data.encode import EncodeConfig
     from tinyvlm.data.explore import ExploreConfig
+
+TEXT_BATCH = 256
+"""Label texts in one forward pass."""
 
 
 class Tower:
@@ -64,22 +67,24 @@ class Tower:
 
 
 class Labeller:
-    """Both towers, with the label texts encoded once."""
+    """Both towers, with the label texts encoded once, by each worker when it starts.
+
+    For ViT-L/14-336 the base file's texts are as much arithmetic as some fourteen pictures: nothing worth a cache.
+    """
 
     def __init__(self, config: ExploreConfig, picture: PictureConfig, texts: Sequence[str]) -> None:
         self.model = _load(CLIPModel, config.model, config.dtype, "explore.model")
         towers.check_size(self.model.config.vision_config.to_dict(), picture, "explore.model")
         tokenizer = AutoTokenizer.from_pretrained(towers.place(config.model))
+        batches = [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
         with torch.inference_mode():
-            self.texts = torch.cat(
-                [self._encode_texts(tokenizer, texts[i : i + 256]) for i in range(0, len(texts), 256)]
-            )
+            self.texts = torch.cat([self._encode_texts(tokenizer, batch) for batch in batches])
             self.scale = self.model.logit_scale.float().exp()
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(B, S, S, 3) → the best label (B,) and the share of the softmax that it has (B,)."""
-        best = self.probabilities(pixels).max(dim=-1)
-        return best.indices.cpu().numpy(), best.values.cpu().numpy()
+    def __call__(self, pixels: NDArray[np.uint8], top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(B, S, S, 3) → the likeliest labels (B, k), best first, and their shares of the softmax (B, k)."""
+        likeliest = self.probabilities(pixels).topk(min(top_k, len(self.texts)), dim=-1)
+        return likeliest.indices.cpu().numpy(), likeliest.values.cpu().numpy()
 
     def probabilities(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(B, S, S, 3) → (B, C), what `CLIPModel` itself gives for these pictures and texts."""
@@ -90,7 +95,13 @@ class Labeller:
 
     def _encode_texts(self, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         most = self.model.config.text_config.max_position_embeddings
-        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
+        if tokens["input_ids"].shape[1] > most:
+            longest = max(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
+            raise ConfigError(
+                f"explore.model reads {most} tokens of a text, but {longest!r} has more; shorten that label's "
+                "description, or explore.template."
+            )
         inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         return _unit(self.model.get_text_features(**inputs).pooler_output)
 
