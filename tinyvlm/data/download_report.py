@@ -352,7 +352,8 @@ def _first_pictures(path: Path, count: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=32, columns=columns):
-            found += batch.filter(pc.equal(batch["status"], OK)).to_pylist()
+            usable = pc.and_(pc.equal(batch["status"], OK), pc.is_valid(batch["image"]))
+            found += batch.filter(usable).to_pylist()
             if len(found) >= count:
                 break
     return found[:count]
