@@ -26,7 +26,7 @@ from tinyvlm.data.tallies import ACCURACY, Curve, Groups, Quantiles, Timeline
 from tinyvlm.schema import OK, STATUSES
 from tinyvlm.stage import scan
 
-BATCH_ROWS = 100_000
+BATCH_ROWS = 50_000
 """Rows counted at a time: parts are small, and so are the tables made of them."""
 
 NUM_LISTED = 15

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_NAMES = 100_000
+MAX_NAMES = 50_000
 """Names that `Groups` keeps when there are more than twice as many."""
 
 ACCURACY = 0.01
