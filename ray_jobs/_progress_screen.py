@@ -54,7 +54,7 @@ def live_table(progress: Progress) -> Iterator[bool]:
 
 
 def table(progress: Progress) -> Group:
-    """A bar, and the words of the plain line, one below the other where they do not fit."""
+    """A bar, and below it the words of the plain line."""
     head, *rest = progress.words()
     bar = Table.grid(padding=(0, 1))
     share = progress.rows_done / max(1, progress.num_rows)
@@ -64,4 +64,4 @@ def table(progress: Progress) -> Group:
         Text(f"{share:.0%}"),
         Text(head, "dim"),
     )
-    return Group(bar, *(Text(f"  {word}", "dim") for word in rest))
+    return Group(bar, Text(" · ".join(rest), "dim"))

@@ -22,7 +22,7 @@ from test_report import Page
 
 from tinyvlm import images, schema
 from tinyvlm.data import download_report, hosts, tallies
-from tinyvlm.data.download_report import shortened, statistics
+from tinyvlm.data.download_report import shortened, shown_link, statistics
 from tinyvlm.data.tallies import Groups, Quantiles, Timeline
 from tinyvlm.report import stage_report
 from tinyvlm.stage import scan
@@ -171,6 +171,7 @@ def test_links_and_details_are_cut_to_one_printable_line() -> None:
     assert len(long) <= 100
     assert long.startswith("https://x/")
     assert long.endswith("END")
+    assert shown_link("https://me:secret@x.test/a@b?c=http://d:e@f") == "https://…@x.test/a@b?c=http://…@f"
     assert shortened("a\nb\u202etxt.exe\x00") == "a·b·txt.exe·", "no letter that turns the line around"
 
 

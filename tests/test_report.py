@@ -142,6 +142,13 @@ def test_statuses_stand_by_family() -> None:
     assert text.index(">8<") < text.index(">5<") < text.index(">3<")
 
 
+def test_nearly_all_is_not_all() -> None:
+    page = Page(report.stage_report({"statuses": {"ok": 99_999, "corrupt": 1}}))
+    assert "> 99.9 %" in page.words
+    assert "100.0 %" not in page.words
+    assert "100.0 %" in Page(report.stage_report({"statuses": {"ok": 5}})).words
+
+
 def test_the_bar_of_outcomes_has_a_piece_for_each_family() -> None:
     statuses = {"ok": 50, **{f"family{index}": index + 1 for index in range(9)}}
     text = report.stage_report({"statuses": statuses}).split("class='outcomes'>")[1].split("</div>")[0]

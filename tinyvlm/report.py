@@ -277,6 +277,8 @@ def _percent(count: float, total: float) -> str:
     if not total:
         return "–"
     share = 100 * count / total
+    if share > 99.9 and count < total:  # nearly all is not all
+        return "> 99.9 %"
     return f"{share:.1f} %" if share >= 0.1 or not count else "< 0.1 %"
 
 

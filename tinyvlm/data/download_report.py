@@ -9,6 +9,7 @@ sections marked `measured`; two equal runs agree in everything else.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ class _Tally:
             {
                 "status": _STATUSES[code],
                 "key": row["key"],
-                "link": shortened(row["url"]),
+                "link": shown_link(row["url"]),
                 "detail": shortened(row["detail"]),
             }
             for code in order
@@ -244,6 +245,11 @@ class _Tally:
 
 
 _UNITS = ((1, "seconds"), (60, "minutes"), (3600, "hours"))
+
+
+def shown_link(url: str | None, length: int = 100) -> str:
+    """A link for a report, without the password that some carry."""
+    return shortened(re.sub(r"//[^/?#]*@", "//…@", url or ""), length)
 
 
 def shortened(text: str | None, length: int = 100) -> str:
@@ -366,5 +372,5 @@ def _sheet_item(row: dict[str, Any]) -> dict[str, str] | None:
         return None
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
     jpeg = images.to_jpeg(image, PICTURE_QUALITY)
-    caption = f"{row['width']}×{row['height']} {row['format']}, {shortened(row['url'], 60)}"
+    caption = f"{row['width']}×{row['height']} {row['format']}, {shown_link(row['url'], 60)}"
     return {"caption": caption, "jpeg_base64": base64.b64encode(jpeg).decode()}

@@ -45,7 +45,8 @@ class Groups:
         places = [known.setdefault(name, len(known)) for name in names]
         while len(known) > len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        np.add.at(self._counts, (places, kinds), counts)
+        flat = np.array(places, np.int64) * self._counts.shape[1] + kinds
+        np.add.at(self._counts.reshape(-1), flat, counts)
         if len(known) > 2 * self.max_names:
             self._put_together()
 
