@@ -27,7 +27,7 @@ def live_table(progress: Progress) -> Iterator[bool]:
     Lines that are logged meanwhile appear above the table.
     """
     console = Console(stderr=True, highlight=False)
-    if not console.is_terminal or console.is_dumb_terminal:
+    if not sys.stderr.isatty() or not console.is_terminal or console.is_dumb_terminal:  # FORCE_COLOR makes no terminal
         yield False
         return
     before = sys.stderr

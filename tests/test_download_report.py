@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -238,6 +239,15 @@ def test_a_folder_without_parts_has_a_report_too(tmp_path: Path) -> None:
 def test_who_stands_behind_a_link(url: str | None, host: str, site: str, domain: str) -> None:
     assert hosts.hosts_of(pa.chunked_array([[url]], pa.string())).to_pylist() == [host]
     assert (hosts.site_of(host), hosts.top_level_domain_of(host)) == (site, domain)
+
+
+def test_where_nothing_ends_the_speed_is_zero_and_a_share_unknown(tmp_path: Path) -> None:
+    rows = [{"status": "ok", "finished_at": datetime.fromtimestamp(second, UTC)} for second in (100, 100, 102)]
+    speed, share = (
+        chart["series"]["ok"]["y"]
+        for chart in reversed(statistics(one_part(tmp_path / "d", *rows))["sections"]["success_over_time"]["charts"])
+    )
+    assert (speed, share) == ([2, 0, 1], [100, None, 100])
 
 
 # --- tallies

@@ -231,7 +231,11 @@ def test_on_a_terminal_a_table_is_renewed_in_place(tmp_path: Path) -> None:
 
 def test_off_a_terminal_there_are_no_control_characters(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CODE), str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", textwrap.dedent(CODE), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"},
     )
     assert "\x1b" not in done.stdout + done.stderr
     assert "\r" not in done.stderr

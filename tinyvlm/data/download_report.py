@@ -9,6 +9,7 @@ sections marked `measured`; two equal runs agree in everything else.
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -174,11 +175,11 @@ class _Tally:
         shown = [_FAMILIES.index(OK), *(i for i in largest if curve.counts[:, i].any())]
 
         def line(values: NDArray[np.floating]) -> dict[str, Any]:
-            return {
-                "x": x,
-                "y": [round(y, 3) if total else None for y, total in zip(values.tolist(), totals, strict=True)],
-            }
+            known = [None if math.isnan(value) else round(value, 3) for value in values.tolist()]
+            return {"x": x, "y": known}
 
+        # A share of nothing is nothing that could be drawn.
+        shares = curve.counts * 100 / np.where(totals, totals, np.nan)[:, None]
         label = f"{per[1]} of work"
         pauses = f"; time in which nothing was finished is left out ({curve.num_pauses} ×)" if curve.num_pauses else ""
         return {
@@ -193,7 +194,7 @@ class _Tally:
                     "x_label": label,
                     "y_label": "% of rows",
                     "y_range": [0, 100],
-                    "series": {_FAMILIES[i]: line(100 * curve.counts[:, i] / np.maximum(1, totals)) for i in shown},
+                    "series": {_FAMILIES[i]: line(shares[:, i]) for i in shown},
                 },
                 {
                     "kind": "line",
@@ -237,7 +238,7 @@ class _Tally:
                 "status": _STATUSES[code],
                 "key": row["key"],
                 "link": shown_link(row["url"]),
-                "detail": shortened(row["detail"]),
+                "detail": shown_link(row["detail"]),
             }
             for code in order
             for row in self.examples[code]
@@ -353,7 +354,7 @@ def _sample_pictures(folder: Path) -> list[dict[str, str]]:
 
 
 def _first_pictures(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first ok rows of a part; read by pages, as a row group of originals is hundreds of megabytes."""
+    """The first ok rows of a part; read page by page, as a row group of originals may be hundreds of megabytes."""
     columns = ["status", "url", "image", "width", "height", "format"]
     found: list[dict[str, Any]] = []
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
