@@ -22,6 +22,7 @@ from typing import Any
 
 from ray_jobs import _cluster
 from ray_jobs._cluster import StageResources
+from ray_jobs._metrics import StageMetrics
 from ray_jobs._progress import Progress, many
 from tinyvlm import errors
 from tinyvlm.errors import StageError, TinyVLMError
@@ -127,8 +128,7 @@ class _Pool:
         """Results in the order in which parts end."""
         name, folder = self.run.stage.name, self.run.folder
         log.info("%s: %s to do by %s of %s", name, many(len(parts), "part"), many(self.size, "worker"), self.resources)
-        num_done = len(self.run.source.parts) - len(parts)
-        progress = Progress(name, folder, len(self.run.source.parts), num_done)
+        progress = Progress(name, folder, self.run.source.parts, self.run.todo()[1], metrics=StageMetrics(name))
         with progress, contextlib.closing(self._answers(parts, lease_number)) as answers:
             try:
                 for answer in answers:

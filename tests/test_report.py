@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import time
+from html import escape
 from html.parser import HTMLParser
 from typing import Any
 
@@ -27,6 +28,7 @@ LINE = {
         EVIL: {"x": [0, 1, 2], "y": [None, math.nan, 1.0]},
     },
 }
+STACKED = {"kind": "stacked", "title": EVIL, "labels": ["a", EVIL], "series": {"ok": [1, 2], EVIL: [3, 0]}}
 STATISTICS: dict[str, Any] = {
     "stage": "download",
     "rows_in": 12_345,
@@ -45,6 +47,16 @@ STATISTICS: dict[str, Any] = {
         ],
     },
     "rows": [("accuracy", EVIL)],
+    "sections": {
+        EVIL: {
+            "note": EVIL,
+            "measured": True,
+            "charts": [STACKED, {**HISTOGRAM, "mark": {"x": 1.5, "label": EVIL}}],
+            "folded": ["hosts"],
+            "hosts": [{"name": EVIL, "rows": 3, "ok_share": 0.25, "sent_bytes": 1_500_000}],
+            "sections": {"deeper": {"found": 4}},
+        }
+    },
 }
 
 
@@ -81,8 +93,9 @@ def test_a_stage_report_shows_everything_and_loads_nothing() -> None:
     page = Page(report.stage_report(STATISTICS))
     assert "script" not in page.tags
     assert all(target.startswith(("data:image/jpeg;base64,", "#")) for target in page.loaded)
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 5
     assert page.tags.count("img") == 1, "what is no base64 is left out"
+    assert page.tags.count("details") == 1
     for words in (
         "12,345",
         "97.2 %",
@@ -93,8 +106,55 @@ def test_a_stage_report_shows_everything_and_loads_nothing() -> None:
         EVIL,
         "mean ms",
         "one · a",
+        "25.0 %",
+        "1.5 MB",
+        "measured: another run may differ",
+        "deeper",
     ):
         assert words in page.words, words
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((5, None, {"ok": 3, "dead.dns": 2}), "✓ 5 rows in = 3 ok + 2 dead.dns"),
+        ((2, 5, {"ok": 5}), "✓ 2 rows in → 5 rows out = 5 ok"),
+        ((6, 6, {"corrupt": 2, "ok": 3}), "✗ Rows are lost: 6 in, but 5 = 3 ok + 2 corrupt"),
+        ((None, None, {"ok": 0}), "✓ 0 rows out = 0 ok"),
+    ],
+)
+def test_that_no_row_is_lost_is_said_with_the_numbers(
+    counts: tuple[int | None, int | None, dict[str, int]], said: str
+) -> None:
+    rows_in, rows_out, statuses = counts
+    statistics = {"rows_in": rows_in, "rows_out": rows_out, "statuses": statuses}
+    given = {name: value for name, value in statistics.items() if value is not None}
+    page = Page(report.stage_report(given))
+    assert said in page.words
+
+
+def test_statuses_stand_by_family() -> None:
+    """The largest family first, its members below it; one that is alone has no family of its own."""
+    statuses = {"timeout.read": 4, "dead.dns": 3, "ok": 1, "dead.http404": 5, EVIL: 2}
+    text = report.stage_report({"rows_in": 15, "rows_out": 15, "statuses": statuses}).split("<table")[1]
+    names = [piece.split("</code>")[0] for piece in text.split("<code>")[1:]]
+    assert names == ["ok", "dead", "dead.http404", "dead.dns", "timeout.read", escape(EVIL)]
+    assert text.index(">8<") < text.index(">5<") < text.index(">3<")
+
+
+def test_nearly_all_is_not_all() -> None:
+    page = Page(report.stage_report({"statuses": {"ok": 99_999, "corrupt": 1}}))
+    assert "> 99.9 %" in page.words
+    assert "100.0 %" not in page.words
+    assert "100.0 %" in Page(report.stage_report({"statuses": {"ok": 5}})).words
+
+
+def test_the_bar_of_outcomes_has_a_piece_for_each_family() -> None:
+    statuses = {"ok": 50, **{f"family{index}": index + 1 for index in range(9)}}
+    text = report.stage_report({"statuses": statuses}).split("class='outcomes'>")[1].split("</div>")[0]
+    lengths = [int(piece.split("'")[0]) for piece in text.split("flex-grow:")[1:]]
+    assert lengths == [50, 9, 8, 7, 6, 5, 1 + 2 + 3 + 4]
+    assert text.startswith("<i class='good'")
 
 
 def test_a_run_report_has_a_heading_for_each_section() -> None:
@@ -109,6 +169,10 @@ def test_a_run_report_has_a_heading_for_each_section() -> None:
         {},
         {"stage": "x", "statuses": {}, "charts": [], "pictures": None, "seconds": 0},
         {"charts": [{**BAR, "labels": [], "values": []}]},
+        {"charts": [{"kind": "stacked", "title": "", "labels": [], "series": {}}]},
+        {"charts": [{"kind": "stacked", "title": "", "labels": ["a"], "series": {"ok": [0]}}]},
+        {"charts": [{**LINE, "y_range": [0, 0]}]},
+        {"sections": {"nothing": {}}},
         {"charts": [{**BAR, "values": [math.nan, 0]}]},
         {"charts": [{**HISTOGRAM, "edges": [0], "counts": []}]},
         {"charts": [{**HISTOGRAM, "edges": [0, 0], "counts": [0]}]},
@@ -126,43 +190,21 @@ def test_thin_statistics_make_a_page_too(statistics: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "chart",
-    [{**BAR, "values": [1]}, {**HISTOGRAM, "edges": [0, 1]}, {"kind": "pie", "title": EVIL}, {"kind": "line"}],
+    [
+        {**BAR, "values": [1]},
+        {**STACKED, "series": {"ok": [1]}},
+        {**STACKED, "notes": ["one"]},
+        {**HISTOGRAM, "edges": [0, 1]},
+        {"kind": "pie", "title": EVIL},
+        {"kind": "line"},
+    ],
 )
 def test_a_wrong_chart_is_told_in_its_place_and_the_page_stands(chart: dict[str, Any]) -> None:
     page = Page(report.stage_report({**STATISTICS, "charts": [chart, BAR]}))
     assert "cannot be drawn" in page.words
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 3
     with pytest.raises((ValueError, KeyError)):
         charts.chart(chart)
-
-
-def test_bins_that_grow_are_drawn_equally_wide_with_their_own_edges() -> None:
-    text = charts.chart({**HISTOGRAM, "edges": [1, 10, 100, 1000], "counts": [1, 2, 3]})
-    assert len({piece.split("'")[0] for piece in text.split(" width='")[1:]}) == 1
-    assert all(f">{edge}</text>" in text for edge in ("1", "10", "100", "1,000"))
-
-
-def test_a_line_is_drawn_with_few_points_and_keeps_its_last() -> None:
-    text = charts.chart(LINE)
-    points = text.split("points='")[1].split("'")[0].split()
-    assert len(points) <= charts.MAX_POINTS + 1
-    assert points[-1].startswith(f"{charts.WIDTH - 14:.1f},")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (13, 87, [20, 40, 60, 80]), (5, 5, [5])],
-)
-def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float]) -> None:
-    assert charts.ticks(low, high) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (1234567, "1,234,567"), (0.00001234, "1.23e-05"), (12.3456, "12.35"), (2.5e9, "2.5 G"), (math.inf, "–")],
-)
-def test_numbers_read_as_a_person_writes_them(value: float, text: str) -> None:
-    assert charts.number(value) == text
 
 
 def test_a_report_is_quick() -> None:

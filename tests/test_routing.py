@@ -11,7 +11,8 @@ import pytest
 
 from tinyvlm import schema
 from tinyvlm.data import routing
-from tinyvlm.data.routing import Router, SortedParts, hosts_of
+from tinyvlm.data.routing import Router, SortedParts
+from tinyvlm.data.sites import NO_HOST, hosts_of
 
 
 def links_table(urls: list[str | None]) -> pa.Table:
@@ -53,9 +54,9 @@ def test_hosts_and_copies_stay_together_and_giants_are_spread(urls: list[str | N
     places: defaultdict[str, set[int]] = defaultdict(set)
     for number, part in enumerate(parts):
         for url, host in zip(part["url"].to_pylist(), hosts_of(part["url"]).to_pylist(), strict=True):
-            if host and host not in router.giants:
+            if host not in {NO_HOST, *router.giants}:
                 places[host].add(number)
-            elif host:
+            elif host != NO_HOST:
                 places[url].add(number)
     assert {len(numbers) for numbers in places.values()} == {1}
     giants = Counter(number for url, numbers in places.items() if "Giant" in url for number in numbers)
@@ -88,9 +89,9 @@ def test_a_link_with_very_many_copies_and_links_to_nowhere_fill_no_memory(tmp_pa
         ("//a.b/c.jpg", "a.b"),
         ("http://[::1]:80/", "[::1]"),
         ("http://a.b?x=//c", "a.b"),
-        ("ftp://a.b/c", ""),
-        ("nothing", ""),
-        (None, ""),
+        ("ftp://a.b/c", "a.b"),
+        ("nothing", NO_HOST),
+        (None, NO_HOST),
     ],
 )
 def test_hosts(url: str | None, host: str) -> None:

@@ -16,10 +16,8 @@ from toy_stages import Double, DoubleConfig, Spread, rows_of, start, write_numbe
 
 from ray_jobs import _cli, _cluster
 from ray_jobs._cluster import StageResources
-from ray_jobs._progress import Progress
 from ray_jobs._run_stage import MAX_ATTEMPTS, PartWorker, plan, run_stage
 from tinyvlm.errors import ClusterError, ConfigError, StageError
-from tinyvlm.folders import PartResult
 from tinyvlm.lease import Lease
 from tinyvlm.recipes import RECIPES
 from tinyvlm.stage_run import run_local
@@ -162,16 +160,6 @@ def test_without_ray_installed_the_remedy_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ClusterError, match=r"pip install 'tinyvlm\[ray\]'"):
         _cluster.check_address()
-
-
-def test_progress_reads_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = Progress("download", tmp_path, num_parts=31, num_done=10)
-    progress.add(PartResult(10, 3072, {"ok": 2100, "timeout.read": 972}, 1))
-    monkeypatch.setattr(progress, "_started", progress._started - 10)
-    words = progress.line().split(" · ")
-    assert words[:3] == ["download 11/31 parts", "3,072 rows", "2,100 ok"]
-    assert words[3].endswith(" rows/s")
-    assert progress.content()["text"].startswith("11/31 parts")
 
 
 # --- the command line

@@ -1,8 +1,13 @@
-"""Three kinds of chart as inline SVG text: horizontal bars, a histogram, lines.
+"""Four kinds of chart as inline SVG text: horizontal bars, bars in pieces, a histogram, lines.
 
     {"kind": "bar", "title", "labels": […], "values": […]}
-    {"kind": "histogram", "title", "edges": [n + 1 numbers], "counts": [n numbers], "x_label"}
-    {"kind": "line", "title", "x_label", "y_label", "series": {name: {"x": […], "y": […]}}}
+    {"kind": "stacked", "title", "labels": […], "series": {name: [a value for each label]}, "notes": [text, …]}
+    {"kind": "histogram", "title", "edges": [n + 1 numbers], "counts": [n numbers], "x_label", "mark": {"x", "label"}}
+    {"kind": "line", "title", "x_label", "y_label", "series": {name: {"x": […], "y": […]}}, "y_range": [low, high]}
+
+`notes` (what stands behind each bar, else its sum), `mark` (a threshold, as an upright line) and `y_range` may be left
+out.  A `y` of None is a gap in the line.  What is the same on every chart ("ok", families of statuses)
+has the same colour.
 
 Drawn by hand, because then a chart costs no import and takes its colours from the page's style sheet, in light and in
 dark.  The classes used here are styled in report.py.
@@ -13,8 +18,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from tinyvlm.schema import OK
 
 WIDTH, HEIGHT = 560, 260
 """Size of a histogram or line chart, in SVG units; bars are as high as they need."""
@@ -24,6 +32,11 @@ MAX_POINTS = 300
 """Points drawn of one line: more cannot be told apart at this width."""
 
 NUM_COLOURS = 6
+_COLOUR_OF = {
+    **{OK: "good", "throttled": "c1", "blocked": "c2", "dead": "c3", "broken": "c4", "timeout": "c5"},
+    **{"failed otherwise": "rest", "others": "rest"},
+}
+"""Style classes of series that mean the same on every chart."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 42
 
 
@@ -33,9 +46,10 @@ def chart(content: Mapping[str, Any]) -> str:
     Raises:
         ValueError: an unknown kind, or lists whose lengths do not fit.
     """
-    draw = {"bar": _bars, "histogram": _histogram, "line": _lines}.get(content["kind"])
+    kinds = {"bar": _bars, "stacked": _stacked, "histogram": _histogram, "line": _lines}
+    draw = kinds.get(content["kind"])
     if draw is None:
-        raise ValueError(f"A chart's kind is bar, histogram or line, not {content['kind']!r}.")
+        raise ValueError(f"A chart's kind is one of {', '.join(kinds)}, not {content['kind']!r}.")
     title = escape(str(content.get("title", "")))
     return f"<figure class='chart'><figcaption>{title}</figcaption>{draw(content)}</figure>"
 
@@ -66,28 +80,85 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def colours(names: Sequence[str]) -> list[str]:
+    """The style class of each series of a chart: its own where it has one, else one that no other here has."""
+    taken = {_COLOUR_OF.get(name) for name in names}
+    free = [f"c{index}" for index in range(NUM_COLOURS) if f"c{index}" not in taken] or ["rest"]
+    others = itertools.cycle(free)
+    return [_COLOUR_OF.get(name) or next(others) for name in names]
+
+
+def legend(labels: Sequence[str], names: Sequence[str] = ()) -> str:
+    """Series with their colours; nothing for a single one.  `names`: of the series, where the labels say more."""
+    if len(labels) < 2:
+        return ""
+    series = zip(labels, colours(names or labels), strict=True)
+    items = "".join(f"<li><i class='{own}'></i>{escape(label)}</li>" for label, own in series)
+    return f"<ul class='legend'>{items}</ul>"
+
+
 def _bars(content: Mapping[str, Any]) -> str:
-    pairs = [(str(a), _plain(b)) for a, b in zip(content["labels"], content["values"], strict=True)]
-    more = len(pairs) - MAX_BARS
-    pairs = pairs[:MAX_BARS]
-    widest = max((min(len(label), MAX_LABEL) for label, _ in pairs), default=0)
+    bars = [
+        _Bar(str(label), [("fill", _plain(value))], number(_plain(value)))
+        for label, value in zip(content["labels"], content["values"], strict=True)
+    ]
+    return _draw_bars(bars, note_width=72)
+
+
+def _stacked(content: Mapping[str, Any]) -> str:
+    labels, series = [str(label) for label in content["labels"]], content["series"]
+    columns = [[_plain(value) for value in values] for values in series.values()]
+    totals = [sum(values) for values in zip(*columns, strict=True)] if columns else [0.0] * len(labels)
+    notes = [str(note) for note in content.get("notes") or map(number, totals)]
+    names = [str(name) for name in series]
+    classes = [f"piece {own}" for own in colours(names)]
+    bars = [
+        _Bar(label, list(zip(classes, values, strict=True)), note)
+        for label, note, *values in zip(labels, notes, *columns, strict=True)
+    ]
+    return legend(names) + _draw_bars(bars, note_width=16 + 7 * max(map(len, notes), default=0))
+
+
+@dataclass(frozen=True)
+class _Bar:
+    label: str
+    pieces: list[tuple[str, float]]
+    """Style class and length of each, from left to right."""
+    note: str
+    """What stands behind the bar."""
+
+    @property
+    def length(self) -> float:
+        return sum(value for _, value in self.pieces if math.isfinite(value) and value > 0)
+
+
+def _draw_bars(bars: Sequence[_Bar], note_width: float) -> str:
+    more = len(bars) - MAX_BARS
+    bars = bars[:MAX_BARS]
+    widest = max((min(len(bar.label), MAX_LABEL) for bar in bars), default=0)
     left, row = 12 + 7 * widest, 24
-    highest = max((value for _, value in pairs if math.isfinite(value)), default=0) or 1
-    room = WIDTH - left - 72
+    scale = (WIDTH - left - note_width) / (max((bar.length for bar in bars), default=0) or 1)
     parts: list[str] = []
-    for index, (label, value) in enumerate(pairs):
+    for index, bar in enumerate(bars):
         y = index * row + 4
-        width = max(1.0, room * value / highest) if value > 0 else 1.0
-        shown = label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…"
+        shown = bar.label if len(bar.label) <= MAX_LABEL else bar.label[: MAX_LABEL - 1] + "…"
+        said = " · ".join(number(value) for _, value in bar.pieces)
         parts.append(
-            f"<g><title>{escape(label)}: {number(value)}</title>"
+            f"<g><title>{escape(bar.label)}: {said}</title>"
             f"<text class='label' x='{left - 8}' y='{y + 13}' text-anchor='end'>{escape(shown)}</text>"
-            f"<rect class='fill' x='{left}' y='{y + 1}' width='{width:.1f}' height='16' rx='2'/>"
-            f"<text class='value' x='{left + width + 6:.1f}' y='{y + 13}'>{number(value)}</text></g>"
         )
+        x = float(left)
+        for style, value in bar.pieces:
+            width = max(1.0, scale * value) if value > 0 else 0.0
+            if width or len(bar.pieces) == 1:
+                parts.append(
+                    f"<rect class='{style}' x='{x:.1f}' y='{y + 1}' width='{max(1.0, width):.1f}' height='16' rx='2'/>"
+                )
+            x += width
+        parts.append(f"<text class='value' x='{x + 6:.1f}' y='{y + 13}'>{escape(bar.note)}</text></g>")
     if more > 0:
-        parts.append(f"<text class='tick' x='{left}' y='{len(pairs) * row + 16}'>and {more} more</text>")
-    return _svg(parts, len(pairs) * row + (28 if more > 0 else 6))
+        parts.append(f"<text class='tick' x='{left}' y='{len(bars) * row + 16}'>and {more} more</text>")
+    return _svg(parts, len(bars) * row + (28 if more > 0 else 6))
 
 
 def _histogram(content: Mapping[str, Any]) -> str:
@@ -112,44 +183,65 @@ def _histogram(content: Mapping[str, Any]) -> str:
             f"height='{frame.y(0) - y:.1f}'>"
             f"<title>{number(edges[index])} – {number(edges[index + 1])}: {number(count)}</title></rect>"
         )
+    if content.get("mark"):
+        parts.append(_mark(frame, content["mark"], edges, places))
     return _svg(parts, HEIGHT)
+
+
+def _mark(frame: _Frame, mark: Mapping[str, Any], edges: Sequence[float], places: Sequence[float]) -> str:
+    """An upright line at a value, with its label on the side that has room; nothing where it is off the axis."""
+    value = _plain(mark["x"])
+    bins = [i for i, (low, high) in enumerate(itertools.pairwise(edges)) if low <= value <= high and high > low]
+    if not bins:
+        return ""
+    low, high = edges[bins[-1]], edges[bins[-1] + 1]
+    share = (value - low) / (high - low)
+    x = frame.x(places[bins[-1]] + share * (places[bins[-1] + 1] - places[bins[-1]]))
+    on_left = x > WIDTH / 2
+    place = f"x='{x + (-6 if on_left else 6):.1f}' y='{_TOP + 10}' text-anchor='{'end' if on_left else 'start'}'"
+    label = str(mark.get("label", number(value)))
+    return (
+        f"<g class='mark'><line x1='{x:.1f}' x2='{x:.1f}' y1='{_TOP - 4}' y2='{HEIGHT - _BOTTOM}'/>"
+        f"<text {place}>{escape(label)}</text></g>"
+    )
 
 
 def _lines(content: Mapping[str, Any]) -> str:
     series = {str(name): _points(line["x"], line["y"]) for name, line in content["series"].items()}
-    points = [point for line in series.values() for point in line]
+    points = [point for line in series.values() for piece in line for point in piece]
     if not points:
         return "<p class='empty'>no values</p>"
     xs, ys = [x for x, _ in points], [y for _, y in points]
     # A curve that stays away from zero is read by its shape, one near zero by its distance from it.
     low = 0.0 if 0 <= min(ys) <= 0.5 * max(ys) else min(ys)
-    frame = _Frame(min(xs), max(xs), low, max(ys))
+    low, high = content.get("y_range") or (low, max(ys))
+    frame = _Frame(min(xs), max(xs), float(low), float(high))
     parts = frame.axes(str(content.get("x_label", "")), str(content.get("y_label", "")))
-    for index, (name, line) in enumerate(series.items()):
-        colour = f"line c{index % NUM_COLOURS}"
-        place = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line)
-        parts.append(f"<polyline class='{colour}' points='{place}'><title>{escape(name)}</title></polyline>")
-        marks = line if len(line) <= 40 else line[-1:]
-        parts += [
-            f"<circle class='{colour}' cx='{frame.x(x):.1f}' cy='{frame.y(y):.1f}' r='2.5'>"
-            f"<title>{escape(name)}: {number(y)} at {number(x)}</title></circle>"
-            for x, y in marks
-        ]
-    return _legend(list(series)) + _svg(parts, HEIGHT)
+    for own, (name, pieces) in zip(colours(list(series)), series.items(), strict=True):
+        style = f"line {own}"
+        for line in pieces:
+            place = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line)
+            parts.append(f"<polyline class='{style}' points='{place}'><title>{escape(name)}</title></polyline>")
+            marks = line if len(line) <= 40 else line[-1:]
+            parts += [
+                f"<circle class='{style}' cx='{frame.x(x):.1f}' cy='{frame.y(y):.1f}' r='2.5'>"
+                f"<title>{escape(name)}: {number(y)} at {number(x)}</title></circle>"
+                for x, y in marks
+            ]
+    return legend(list(series)) + _svg(parts, HEIGHT)
 
 
-def _legend(names: Sequence[str]) -> str:
-    if len(names) < 2:
-        return ""
-    items = "".join(f"<li><i class='c{i % NUM_COLOURS}'></i>{escape(name)}</li>" for i, name in enumerate(names))
-    return f"<ul class='legend'>{items}</ul>"
-
-
-def _points(xs: Sequence[Any], ys: Sequence[Any]) -> list[tuple[float, float]]:
-    pairs = [(_plain(x), _plain(y)) for x, y in zip(xs, ys, strict=True)]
-    pairs = [pair for pair in pairs if math.isfinite(pair[0]) and math.isfinite(pair[1])]
-    step = -(-len(pairs) // MAX_POINTS)
-    return pairs[::step] + ([pairs[-1]] if (len(pairs) - 1) % step else []) if pairs else []
+def _points(xs: Sequence[Any], ys: Sequence[Any]) -> list[list[tuple[float, float]]]:
+    """The pieces of a line between its gaps, thinned out to what can be told apart."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(xs, ys, strict=True):
+        point = (_plain(x), _plain(y))
+        if all(map(math.isfinite, point)):
+            pieces[-1].append(point)
+        elif pieces[-1]:
+            pieces.append([])
+    step = -(-sum(map(len, pieces)) // MAX_POINTS)
+    return [p[::step] + ([p[-1]] if (len(p) - 1) % step else []) for p in pieces if p]
 
 
 def _plain(value: Any) -> float:

@@ -263,7 +263,8 @@ class StageRun:
         temporary = path.with_name(f".{part.file_name}.{uuid.uuid4().hex}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(out, temporary, compression="zstd", row_group_size=1024)
+            # Small pages: a few pictures out of a row group should not cost all of it.
+            pq.write_table(out, temporary, compression="zstd", row_group_size=1024, write_batch_size=32)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             described = describe_part(temporary)

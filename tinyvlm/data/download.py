@@ -9,22 +9,19 @@ after checking that they decode, and leaves the rest to `preprocess`.  `sha256` 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tinyvlm import images, schema
 from tinyvlm.config import speed
+from tinyvlm.data import download_report
 from tinyvlm.data.downloader import Downloader, Outcome
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.errors import ConfigError
-from tinyvlm.folders import part_paths, scan
 from tinyvlm.journal import Journal
 from tinyvlm.stage import Stage
 
@@ -140,57 +137,5 @@ class Download(Stage):
         return pa.table({name: columns[name] for name in self.writes.names}, schema=self.writes)
 
     def statistics(self, folder: Path) -> dict[str, Any]:
-        """Counts, HTTP statuses, stored bytes and how long links took."""
-        statuses: Counter[str] = Counter()
-        http_statuses: Counter[str] = Counter()
-        spent: list[Any] = []
-        for table in scan(folder, ["status", "http_status", "milliseconds"]):
-            statuses.update(table["status"].to_pylist())
-            http_statuses.update(str(code) if code else "no answer" for code in table["http_status"].to_pylist())
-            spent.append(table["milliseconds"].to_numpy())
-        milliseconds = np.concatenate(spent) if spent else np.zeros(1, np.float32)
-        num_ok, num_rows = statuses[schema.OK], statuses.total()
-        quantiles = {f"p{q}": round(float(np.quantile(milliseconds, q / 100)), 1) for q in (50, 90, 99)}
-        return {
-            "downloaded": num_ok,
-            "failed": num_rows - num_ok,
-            "success_rate": round(num_ok / max(1, num_rows), 4),
-            "image_bytes": _stored_bytes(folder),
-            "http_statuses": dict(http_statuses.most_common()),
-            "milliseconds": {**quantiles, "max": round(float(milliseconds.max()), 1)},
-            "charts": [
-                _bar("Links", {"downloaded": num_ok, "failed": num_rows - num_ok}),
-                _bar("Why links failed", {s: n for s, n in statuses.most_common() if s != schema.OK}),
-                _bar("HTTP statuses", dict(http_statuses.most_common(12))),
-                _latencies(milliseconds),
-            ],
-        }
-
-
-def _stored_bytes(folder: Path) -> int:
-    """Size of the image column, from the files' footers."""
-    total = 0
-    for path in part_paths(folder):
-        footer = pq.read_metadata(path)
-        column = footer.schema.to_arrow_schema().get_field_index("image")
-        groups = (footer.row_group(group) for group in range(footer.num_row_groups))
-        total += sum(group.column(column).total_uncompressed_size for group in groups)
-    return total
-
-
-def _bar(title: str, counts: dict[str, int]) -> dict[str, Any]:
-    return {"kind": "bar", "title": title, "labels": list(counts), "values": list(counts.values())}
-
-
-def _latencies(milliseconds: Any) -> dict[str, Any]:
-    """Histogram with edges that double: 1, 2, 4 … ms."""
-    edges = [0, *(2**power for power in range(17))]
-    counts, _ = np.histogram(np.clip(milliseconds, 0, edges[-1]), bins=edges)
-    last = max((index for index, count in enumerate(counts) if count), default=0) + 1
-    return {
-        "kind": "histogram",
-        "title": "Time on the network for each link",
-        "edges": edges[: last + 1],
-        "counts": counts[:last].tolist(),
-        "x_label": "milliseconds",
-    }
+        """See download_report.py."""
+        return download_report.statistics(folder)

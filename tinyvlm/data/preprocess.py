@@ -104,7 +104,8 @@ class Preprocess(Stage):
                 },
                 {
                     "kind": "histogram",
-                    "title": f"Shorter ÷ longer side; cropped from {threshold:g} upwards, padded below",
+                    "title": "Shorter ÷ longer side",
+                    "mark": {"x": threshold, "label": f"cropped from {threshold:g} upwards"},
                     "edges": RATIO_EDGES,
                     "counts": counts.tolist(),
                     "x_label": "shorter ÷ longer side",

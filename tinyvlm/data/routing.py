@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tinyvlm.data.sites import NO_HOST, hosts_of
+
 Hashes = NDArray[np.uint64]
 
-_HOST = r"(?i)^\s*(?:https?:)?//(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/?#:\s]+)"
 _COUNTERS = 1 << 22
 """Hosts are counted by hash; two that share a counter may make a giant too many, which costs nothing but its place."""
 _ROWS_PER_BUCKET = 400_000
@@ -33,15 +34,9 @@ _MOST_TIMES = 4
 """A part has at most so many times its usual rows: a link with more copies is asked for once in each of its parts."""
 
 
-def hosts_of(urls: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The host of each link in lower case; "" where there is none."""
-    found = pc.struct_field(pc.extract_regex(urls, _HOST), "host")
-    return pc.fill_null(pc.utf8_lower(found), "")
-
-
-def hashes_of(texts: pa.ChunkedArray) -> Hashes:
+def hashes_of(texts: pa.Array) -> Hashes:
     """64 bits of BLAKE2b of each text; equal texts are hashed once."""
-    coded = texts.combine_chunks().dictionary_encode()
+    coded = texts.dictionary_encode()
     each = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in coded.dictionary.to_pylist()]
     found: Hashes = np.frombuffer(b"".join(each), ">u8").astype(np.uint64)
     places: NDArray[np.int64] = coded.indices.to_numpy()
@@ -66,16 +61,15 @@ class Router:
 
     def routes(self, rows: pa.Table) -> Hashes:
         """A number for each row of `schema.LINKS`; rows with the same number should stay together."""
-        urls = rows["url"]
-        hosts = hosts_of(urls)
+        hosts = hosts_of(rows["url"])
         routes = hashes_of(hosts)
-        nowhere = pc.equal(hosts, "").to_numpy()
-        routes[nowhere] = hashes_of(rows["key"].filter(pa.array(nowhere)).cast(pa.string()))
+        nowhere = pc.equal(hosts, NO_HOST).to_numpy(zero_copy_only=False)
+        routes[nowhere] = hashes_of(rows["key"].combine_chunks().filter(pa.array(nowhere)).cast(pa.string()))
         is_giant = (self._counts[(routes % _COUNTERS).astype(np.int64)] > self._most) & ~nowhere
         if is_giant.any():
             mask = pa.array(is_giant)
             self.giants |= set(pc.unique(hosts.filter(mask)).to_pylist())
-            routes[is_giant] = hashes_of(pc.utf8_trim_whitespace(urls.filter(mask)))
+            routes[is_giant] = hashes_of(pc.utf8_trim_whitespace(rows["url"].filter(mask)).combine_chunks())
         return routes
 
 
