@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -65,6 +64,7 @@ class Decoded:
 
 
 Work = Callable[[bytes, images.PictureConfig, images.LimitConfig, Store], Decoded]
+_Job = tuple[Work, images.PictureConfig, images.LimitConfig, Store]
 
 
 def decode(body: bytes, picture: images.PictureConfig, limits: images.LimitConfig, store: Store) -> Decoded:
@@ -109,7 +109,7 @@ class Decoders:
     ) -> None:
         """`timeout_s`: how long a child may take over one picture.  `work`: a function of a module's top level."""
         self._settings = (picture, limits, store, num_processes, timeout_s, work)
-        self._job = functools.partial(work, picture=picture, limits=limits, store=store)
+        self._job: _Job = (work, picture, limits, store)
         self._num_processes, self._timeout_s = num_processes, timeout_s
         # A body over the limit is refused unread, and no JPEG takes more than four bytes a pixel.
         self._max_bytes = max(limits.max_bytes, 4 * picture.size**2)
@@ -142,7 +142,7 @@ class Decoders:
     def _decode(self, body: bytes) -> Decoded:
         """In one of the pool's threads; each has a child of its own."""
         if not self._num_processes or len(body) > self._max_bytes:
-            return self._job(body)
+            return _done(self._job, body)
         child: _Child | None = getattr(self._mine, "child", None)
         if child is None or not child.is_alive():  # one that died idle costs no picture
             self._drop(child)
@@ -182,7 +182,7 @@ class _Child:
     That thread has to start it: the system ends a child when the thread that started it ends.
     """
 
-    def __init__(self, job: Callable[[bytes], Decoded], max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, job: _Job, max_bytes: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         setup = pickle.dumps(job)
         self._link, theirs = socket.socketpair()
@@ -250,15 +250,20 @@ def serve(link_number: int, memory_number: int, parent: int) -> None:
         mmap.mmap(memory_number, 0) as memory,
         link.makefile("rb") as lines,
     ):
-        job: Callable[[bytes], Decoded] = pickle.loads(memory[: int(lines.readline())])
+        job: _Job = pickle.loads(memory[: int(lines.readline())])
         link.sendall(b"ready\n")
         for line in lines:
-            decoded = job(memory[: int(line)])
+            decoded = _done(job, memory[: int(line)])
             facts: dict[str, Any] = dataclasses.asdict(decoded)
             if decoded.image is not None:
                 facts["image"] = len(decoded.image)
                 memory[: len(decoded.image)] = decoded.image
             link.sendall(json.dumps(facts).encode() + b"\n")
+
+
+def _done(job: _Job, body: bytes) -> Decoded:
+    work, picture, limits, store = job
+    return work(body, picture, limits, store)
 
 
 def _end_with(parent: int) -> None:
