@@ -44,7 +44,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     for _ in range(6):
         left, top = rng.integers(0, width), rng.integers(0, height)
         pixels[top : top + height // 4, left : left + width // 5] += rng.integers(-60, 60)
-    pixels += 6 * rng.standard_normal((height, width, 1))
+    pixels += 14 * rng.standard_normal((height, width, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -65,7 +65,7 @@ def assert_agree(data: bytes, max_mean: float, min_psnr: float) -> None:
     """`finish` gives what decode, square and to_jpeg do: pixels within a mean distance and a noise ratio (dB)."""
     fast, slow = images.finish(data, PICTURE, LIMITS), the_long_way(data)
     assert (fast.format, fast.width, fast.height, fast.fit) == (slow.format, slow.width, slow.height, slow.fit)
-    assert images.hash_distance(fast.phash, slow.phash) <= 4
+    assert images.hash_distance(fast.phash, slow.phash) <= 6
     assert fast.jpeg
     assert slow.jpeg
     first, second = (np.array(images.decode(jpeg, LIMITS)).astype(float) for jpeg in (fast.jpeg, slow.jpeg))
@@ -215,9 +215,9 @@ def test_orientation_is_applied() -> None:
 
 
 # How far a finished picture may lie from Pillow's antialiased bicubic filter.  Most of it is what JPEG, which comes
-# after, makes of differences of one grey level; where the JPEG was decoded at a fraction, its filter adds a little.
-SAME_DECODING = (1.6, 40.0)
-SCALED_DECODING = (2.5, 37.0)
+# after, makes of differences of one grey level; where the JPEG was decoded at a fraction, that filter keeps more grain.
+SAME_DECODING = (1.6, 41.0)
+SCALED_DECODING = (3.5, 35.0)
 
 
 @pytest.mark.parametrize("filtered_by", ["cykooz-resizer", "pillow"])
@@ -229,7 +229,8 @@ SCALED_DECODING = (2.5, 37.0)
         ((448, 448), SAME_DECODING),
         ((640, 427), SAME_DECODING),
         ((895, 1200), SAME_DECODING),
-        ((1079, 640), SAME_DECODING),
+        ((859, 500), SAME_DECODING),
+        ((1079, 640), SCALED_DECODING),
         ((897, 1301), SCALED_DECODING),
         ((1403, 1001), SCALED_DECODING),
         ((1999, 800), SCALED_DECODING),
@@ -243,6 +244,15 @@ def test_the_short_way_agrees_with_the_long_way(
         pytest.importorskip("cykooz_resizer")
     monkeypatch.setattr(images, "resizer", lambda: filtered_by)
     assert_agree(encode(photo(*size), "JPEG", quality=90), *limits)
+
+
+@pytest.mark.parametrize("side", [257, 264, 271])
+def test_a_fraction_of_a_width_that_is_not_whole_shifts_nothing(side: int) -> None:
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8), (side, 1)))
+    finished = images.finish(encode(ramp, "JPEG", quality=95), PictureConfig(size=32), LIMITS)
+    assert finished.jpeg
+    across = np.array(images.decode(finished.jpeg, LIMITS)).astype(float).mean(axis=(0, 2))
+    assert np.abs(across - (np.arange(32) + 0.5) * 255 / 32)[1:-1].max() <= 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -289,7 +299,7 @@ def odd_picture(kind: str) -> bytes:
         case "animated WEBP":
             return encode(image, "WEBP", save_all=True, append_images=more, lossless=True)
     assert kind == "two colours"
-    return encode(image.convert("1", dither=Image.Dither.NONE), "BMP")
+    return encode(image.resize((8, 6)).resize(image.size).convert("1", dither=Image.Dither.NONE), "BMP")
 
 
 ODD_JPEGS = ["grey JPEG", "CMYK JPEG", "progressive JPEG", "JPEG with full colour", "several JPEGs in one"]
