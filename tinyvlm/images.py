@@ -1,7 +1,12 @@
 """Bytes → RGB under limits → square picture → tensors: the one road of a picture, for training, evaluation and serving.
 
     bytes ──decode──▶ RGB ──square──▶ S×S picture ──to_jpeg──▶ stored bytes
-                                           └─for_tower──▶ uint8 (s, s, 3) ──normalise──▶ float32 (N, 3, s, s)
+      │                                    └─for_tower──▶ uint8 (s, s, 3) ──normalise──▶ float32 (N, 3, s, s)
+      └───────────────────finish───────────────────────▶ stored bytes, size, fit, hash
+
+`finish` is the short way for millions of pictures: the same steps by the same policy, with JPEGs decoded at a half, a
+quarter or an eighth where that is still large enough, and a vectorised bicubic filter.  Its pictures differ from those
+of the long way by what the eye does not see; `tests/test_images.py` states how much.
 
 What a picture's bytes mean, once and for all:
 - limits on bytes, format and pixels are checked from the header, before any pixel is decoded;
@@ -15,14 +20,19 @@ S: side of the stored picture, s: side that the vision tower reads, N: pictures.
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 
 from tinyvlm.errors import ConfigError, DataError
 
@@ -58,6 +68,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_LYING = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+"""The turns that swap width and height."""
+
+_KNOWN_PILLOWS = range(11, 14)
+"""Major versions of Pillow whose pixels in memory cykooz-resizer 4 reads; with others Pillow filters itself."""
+
+_HASH_SIDE = 32
+_HASH_WAVES = range(1, 9)
+_HASH_FLOOR = 2.0
+"""In grey levels, of a wave of length 1: what is weaker is JPEG noise on a flat area and no feature of the picture."""
 
 
 class ImageError(DataError):
@@ -123,6 +143,21 @@ class Header:
     height: int
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A picture ready to be stored, and what is known of the file it came from."""
+
+    jpeg: bytes | None
+    """The square picture; None if it was only to be checked."""
+    format: str
+    width: int
+    """Of the whole picture, upright, px."""
+    height: int
+    fit: Fit
+    phash: int
+    """See `perceptual_hash`."""
+
+
 def sniff(first_bytes: bytes) -> str | None:
     """The format that the signature in the first `SIGNATURE_BYTES` names, or None."""
     for name, signatures in _SIGNATURES.items():
@@ -153,19 +188,57 @@ def decode(data: bytes, limits: LimitConfig) -> Image.Image:
 def decode_as(data: bytes, limits: LimitConfig) -> tuple[str, Image.Image]:
     """`decode`, and the name of the format that the bytes were in."""
     image = _open(data, limits)
-    form = _format(image)
-    try:
+    with _damage(image):
         image.load()
-        return form, as_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged bytes
-        raise ImageError("corrupt", f"{form}: {error}") from error
+        return _format(image), as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """An opened picture as `decode` gives it: upright, in RGB."""
-    return _to_rgb(_upright(image))
+    turn = _turn(image)
+    return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def finish(data: bytes, picture: PictureConfig, limits: LimitConfig, *, encode: bool = True) -> Finished:
+    """The finished picture straight from the bytes; `encode=False` checks and measures only.
+
+    Raises:
+        ImageError: over a limit, not a picture of an allowed format, or damaged.
+    """
+    image = _open(data, limits)
+    width, height = image.size
+    # Scaled decoding reads all of the file too, so damage shows. Only JPEGs know it; the others decode whole.
+    draft = image.draft(None, _scaled(width, height, picture))
+    with _damage(image):
+        image.load()
+        turn, rgb = _turn(image), _to_rgb(image)
+    if draft is None:
+        width, height = image.size  # a TIFF has turned itself
+    # In floats, because 1/8 of a width need not be whole; and turned last, because then there is little to turn.
+    box = draft[1] if draft else (0, 0, width, height)
+    small = _resized(rgb, _scaled(width, height, picture), box)
+    if turn is not None:
+        small = small.transpose(turn)
+        width, height = (height, width) if turn in _LYING else (width, height)
+    fit = fit_of(width, height, picture)
+    jpeg = to_jpeg(_laid(small, fit, picture), picture.jpeg_quality) if encode else None
+    return Finished(jpeg, _format(image), width, height, fit, perceptual_hash(small))
+
+
+@functools.cache
+def resizer() -> str:
+    """What `finish` filters with: "cykooz-resizer", or "pillow" where that is missing or does not know this Pillow.
+
+    The two differ by a few grey levels, so the bytes of finished pictures do: a stage that stores what `finish` made
+    puts this word among its fingerprinted settings, or one folder could hold pictures of both kinds.
+    """
+    if int(pillow_version.partition(".")[0]) not in _KNOWN_PILLOWS:
+        return "pillow"
+    try:
+        import cykooz_resizer  # noqa: F401
+    except ImportError:
+        return "pillow"
+    return "cykooz-resizer"
 
 
 def fit_of(width: int, height: int, picture: PictureConfig) -> Fit:
@@ -175,35 +248,35 @@ def fit_of(width: int, height: int, picture: PictureConfig) -> Fit:
 
 def square(image: Image.Image, picture: PictureConfig) -> tuple[Image.Image, Fit]:
     """The S×S picture: shorter side to S and the centre cropped, or longer side to S and padded with black."""
-    size, (width, height) = picture.size, image.size
-    fit = fit_of(width, height, picture)
-    reference = min(width, height) if fit == "crop" else max(width, height)
-    new_width, new_height = max(1, size * width // reference), max(1, size * height // reference)
-    if (new_width, new_height) != (width, height):
-        image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    if fit == "crop":
-        # Halves are rounded to even, as torchvision's CenterCrop does, so that published pictures are matched.
-        left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-        return image.crop((left, top, left + size, top + size)), fit
-    canvas = Image.new("RGB", (size, size))
-    canvas.paste(image, ((size - new_width) // 2, (size - new_height) // 2))
-    return canvas, fit
+    fit = fit_of(*image.size, picture)
+    scaled = _scaled(*image.size, picture)
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    return _laid(image, fit, picture), fit
 
 
 def to_jpeg(image: Image.Image, quality: int) -> bytes:
-    """JPEG bytes, chroma halved in both directions as is usual."""
+    """JPEG bytes, chroma halved in both directions as is usual, without any comment that the original carried."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality, comment=b"")
     return buffer.getvalue()
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that nearly equal pictures nearly share: whether brightness rises from left to right (dHash, 9×8 cells).
+    """64 bits that nearly equal pictures nearly share, at whatever size: the signs of its 8×8 slowest cosine waves.
 
-    Source: N. Krawetz, "Kind of Like That", 2013.
+    Flat pictures give 0.  Compare with `hash_distance`.  Source: C. Zauner, "Implementation and Benchmarking of
+    Perceptual Image Hash Functions", 2010, with signs instead of comparisons to the median, and a floor.
     """
-    cells = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L")).astype(np.int16)
-    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
+    side = (_HASH_SIDE, _HASH_SIDE)
+    grey = image.resize(side, Image.Resampling.BOX, reducing_gap=2.0).convert("L")
+    waves = _cosines() @ np.asarray(grey, dtype=np.float64) @ _cosines().T
+    return int.from_bytes(np.packbits(waves > _HASH_FLOOR).tobytes(), "big")
+
+
+def hash_distance(first: int, second: int) -> int:
+    """In how many of their 64 bits two perceptual hashes differ: copies in a few, strangers in about 32."""
+    return (first ^ second).bit_count()
 
 
 def for_tower(image: Image.Image, tower_size: int) -> NDArray[np.uint8]:
@@ -262,12 +335,23 @@ def _format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+@contextmanager
+def _damage(image: Image.Image) -> Iterator[None]:
+    """Whatever goes wrong while pixels are decoded is the file's fault."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        raise ImageError("corrupt", f"{_format(image)}: {error}") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a broken EXIF block says nothing about the pixels
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -280,4 +364,48 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (*PAPER, 255)), layer)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(width: int, height: int, picture: PictureConfig) -> tuple[int, int]:
+    """Size of the whole picture before it is cropped or padded."""
+    reference = min(width, height) if fit_of(width, height, picture) == "crop" else max(width, height)
+    return max(1, picture.size * width // reference), max(1, picture.size * height // reference)
+
+
+def _laid(image: Image.Image, fit: Fit, picture: PictureConfig) -> Image.Image:
+    """A scaled picture cropped to the square, or laid on it."""
+    size, (width, height) = picture.size, image.size
+    if fit == "crop":
+        # Halves are rounded to even, as torchvision's CenterCrop does, so that published pictures are matched.
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return image.crop((left, top, left + size, top + size))
+    canvas = Image.new("RGB", (size, size))
+    canvas.paste(image, ((size - width) // 2, (size - height) // 2))
+    return canvas
+
+
+def _resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, float, float]) -> Image.Image:
+    """`box` of an RGB picture at `size`, by the antialiased bicubic filter, as fast as this machine can."""
+    if size == image.size:
+        return image
+    if resizer() == "pillow":
+        return image.resize(size, Image.Resampling.BICUBIC, box)
+    import cykooz_resizer as fast  # here, because it may be missing
+
+    options = fast.ResizeOptions(
+        fast.ResizeAlg.convolution(fast.FilterType.catmull_rom),  # the bicubic filter under its other name
+        use_alpha=False,
+        crop_box=fast.CropBox(*box),
+    )
+    scaled = Image.new("RGB", size)
+    fast.Resizer().resize_pil(image, scaled, options)
+    return scaled
+
+
+@functools.cache
+def _cosines() -> NDArray[np.float64]:
+    """Rows of the orthonormal DCT-II matrix for the waves of the hash: (8, 32)."""
+    places, waves = np.arange(_HASH_SIDE), np.array(_HASH_WAVES)[:, None]
+    matrix: NDArray[np.float64] = np.cos(math.pi * waves * (2 * places + 1) / (2 * _HASH_SIDE))
+    return matrix * math.sqrt(2 / _HASH_SIDE)
