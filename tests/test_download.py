@@ -151,8 +151,7 @@ def test_finished_pictures_are_those_of_images_py(links: Path, pictures: Path, t
     assert [row["key"] for row in rows] == [7, 10, 13]
     for row, name in zip(rows, names, strict=True):
         sent = (pictures / name).read_bytes()
-        square, _ = images.square(images.decode(sent, LIMITS), PICTURE)
-        assert row["image"] == images.to_jpeg(square, 95)
+        assert row["image"] == images.finish(sent, PICTURE, LIMITS).jpeg
         assert row["sha256"] == hashlib.sha256(sent).hexdigest()
         assert row["width"] == 30
     one_by_one = [download(row["url"], store="finished")[0]["image"] for row in rows]
@@ -395,8 +394,9 @@ def test_a_host_is_asked_by_few_at_a_time_and_a_slow_one_holds_nobody_up(monkeyp
 
 def test_a_bug_costs_a_row_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(serving(picture=png)) as base_url:
-        monkeypatch.setattr(images, "decode_as", lambda data, limits: 1 / 0)
-        row = download(f"{base_url}/picture")[0]
+        monkeypatch.setattr(images, "finish", lambda *_, **__: 1 / 0)
+        config = DownloadConfig(fetch=FETCH, decode_processes=0)
+        row = Download(config, PICTURE, LIMITS)(table(f"{base_url}/picture")).to_pylist()[0]
     assert row["status"] == "internal_error"
     assert "ZeroDivisionError" in row["detail"]
     assert row["image"] is None

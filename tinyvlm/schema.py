@@ -117,8 +117,8 @@ DOWNLOADED = _row(
 )
 """`image`: the bytes as sent (`store=original`) or the finished picture.
 
-`bytes`, `sha256`, `width`, `height`: of the file as sent.  `phash`: see `images.perceptual_hash`.  `duplicate_of`: the
-key of the row with the same link that was fetched for this one too.
+`bytes`, `sha256`, `width`, `height` (upright): of the file as sent.  `phash`: see `images.perceptual_hash`.
+`duplicate_of`: the key of the row with the same link that was fetched for this one too.
 """
 
 PREPROCESSED = _row(

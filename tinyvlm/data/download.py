@@ -36,15 +36,19 @@ class DownloadConfig:
     store: Literal["finished", "original"] = "finished"
     """Keep the finished square picture, or the bytes as they came."""
     fetch: FetchConfig = field(default_factory=FetchConfig)
-    decode_threads: int = speed(2)
-    """Pictures decoded at a time in one worker."""
+    decode_processes: int = speed(1)
+    """Decoder processes of each worker; 0: threads in the worker itself, which a bad picture may then kill."""
+    decode_timeout_s: float = speed(20.0)
+    """How long a decoder may take over one picture, s."""
     parts_at_once: int = speed(8)
     """Parts that a worker has in hand at a time, so that slow links of one do not hold up the others."""
 
     def __post_init__(self) -> None:
-        for name in ("decode_threads", "parts_at_once"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"download.{name} wants at least 1, but got {getattr(self, name)}.")
+        if self.parts_at_once < 1 or self.decode_processes < 0 or self.decode_timeout_s <= 0:
+            raise ConfigError(
+                "download wants parts_at_once from 1, decode_processes from 0 and decode_timeout_s above 0, but got "
+                f"{self.parts_at_once}, {self.decode_processes} and {self.decode_timeout_s}."
+            )
 
 
 class Download(Stage):
@@ -57,7 +61,8 @@ class Download(Stage):
 
     def __init__(self, config: DownloadConfig, picture: images.PictureConfig, limits: images.LimitConfig) -> None:
         self.config, self.picture, self.limits = config, picture, limits
-        self.settings: dict[str, Any] = {"download": config, "limits": limits}
+        # Perceptual hashes depend on the resizer whatever is stored.
+        self.settings: dict[str, Any] = {"download": config, "limits": limits, "resizer": images.resizer()}
         self.bytes_per_row = 50_000
         if config.store == "finished":  # originals do not depend on what the finished picture looks like
             self.settings["picture"] = picture.stored
@@ -127,8 +132,10 @@ class Download(Stage):
         columns: dict[str, Any] = {"duplicate_of": [None] * len(outcomes)}
         for name in ("status", "detail", "http_status", "final_url", "attempts", "milliseconds"):
             columns[name] = [getattr(outcome.answer, name) for outcome in outcomes]
-        for name in ("image", "sha256", "phash", "bytes", "format", "width", "height", "finished_at"):
+        for name in ("image", "bytes", "finished_at"):
             columns[name] = [getattr(outcome, name) for outcome in outcomes]
+        for name in ("sha256", "phash", "format", "width", "height"):
+            columns[name] = [getattr(outcome.decoded, name, None) for outcome in outcomes]
         return self._with(rows, columns)
 
     def _with(self, rows: pa.Table, columns: dict[str, Any]) -> pa.Table:

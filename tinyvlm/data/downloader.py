@@ -1,6 +1,6 @@
 """What carries a worker's downloads: one thread with one event loop, for all parts that the worker has in hand.
 
-    thread of a part ──links──▶ event loop: fetch (fetch.py) ──body──▶ decode (threads) ──▶ queue ──▶ thread of the part
+    thread of a part ──links──▶ event loop: fetch (fetch.py) ──body──▶ decoding.py ──▶ queue   ──▶ thread of the part
                                       ▲                                                                    │
                                       └────── room for more: outcomes are kept (journal.py) ◀──────────────┘
 
@@ -11,19 +11,19 @@ for again after a crash; there are never more of them than `MAX_UNSAVED`.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from tinyvlm import images
+from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.fetch import Answer, Fetcher
+from tinyvlm.schema import OK
 
 if TYPE_CHECKING:
     from tinyvlm.data.download import DownloadConfig
@@ -40,16 +40,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """What became of one link: the answer, and the columns that its picture fills."""
+    """What became of one link: the answer, and what is kept of its picture."""
 
     answer: Answer
+    decoded: Decoded | None = None
     image: bytes | None = None
-    sha256: str | None = None
-    phash: int | None = None
     bytes: int | None = None
-    format: str | None = None
-    width: int | None = None
-    height: int | None = None
     finished_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
@@ -60,13 +56,13 @@ class Downloader:
     """Started by the first call of `outcomes`, ended by `close`; several threads may use it at the same time."""
 
     def __init__(self, config: DownloadConfig, picture: images.PictureConfig, limits: images.LimitConfig) -> None:
-        self.config, self.picture, self.limits = config, picture, limits
+        self.config = config
         self._loop = asyncio.new_event_loop()
         self._unsaved = asyncio.Semaphore(MAX_UNSAVED)
         self._keeping_up = asyncio.Event()
         self._keeping_up.set()
         self._backlog = 0
-        self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+        self._decoders = Decoders(picture, limits, config.store, config.decode_processes, config.decode_timeout_s)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._thread.start()
         self._fetcher = Fetcher(config.fetch, limits, {})
@@ -95,7 +91,7 @@ class Downloader:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._decoders.shutdown(cancel_futures=True)
+        self._decoders.close()
 
     def _do(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -132,11 +128,16 @@ class Downloader:
         answer = await self._fetcher.fetch(url)
         if answer.body is None:
             return Outcome(answer)
+        body, answer.body = answer.body, None
         self._count_backlog(1)
         try:
-            return await self._loop.run_in_executor(self._decoders, self._keep, answer)
+            decoded = await asyncio.wrap_future(self._decoders.submit(body))
         finally:
             self._count_backlog(-1)
+        answer.status, answer.detail = decoded.status, decoded.detail
+        # An original is kept as it was sent; whether it is good was only looked at.
+        image = body if self.config.store == "original" and decoded.status == OK else decoded.image
+        return Outcome(answer, decoded, image, len(body))
 
     def _count_backlog(self, change: int) -> None:
         self._backlog += change
@@ -144,24 +145,6 @@ class Downloader:
             self._keeping_up.clear()
         elif self._backlog <= MAX_BACKLOG // 2:
             self._keeping_up.set()
-
-    def _keep(self, answer: Answer) -> Outcome:
-        """Decode the body and keep what the settings say; runs in a thread."""
-        body, answer.body = answer.body or b"", None
-        outcome = Outcome(answer, sha256=hashlib.sha256(body).hexdigest(), bytes=len(body))
-        try:
-            outcome.format, image = images.decode_as(body, self.limits)
-            outcome.width, outcome.height = image.size
-            outcome.phash = images.perceptual_hash(image)
-            if self.config.store == "finished":
-                body = images.to_jpeg(images.square(image, self.picture)[0], self.picture.jpeg_quality)
-            outcome.image = body
-        except images.ImageError as error:
-            answer.status, answer.detail = error.status, error.detail[:200]
-        except Exception as error:  # a bug of ours, or no memory: costs a row, not the run
-            _log.exception("cannot decode %s", answer.final_url)
-            answer.status, answer.detail = "internal_error", f"{type(error).__name__}: {error}"[:200]
-        return outcome
 
 
 def _next_batch(came: queue.SimpleQueue[Any], most: int) -> Batch:
