@@ -188,8 +188,8 @@ def _names(folder: bytes) -> list[bytes]:
 
 
 def _leads_inside(path: bytes, root: bytes) -> bool:
-    real = os.path.realpath(path)
-    return real.startswith(os.path.join(os.path.realpath(root), b"")) and os.path.exists(real)
+    real, root = os.path.realpath(path), os.path.realpath(root)
+    return os.path.commonpath([real, root]) == root and os.path.exists(real)
 
 
 def _is_metadata(name: bytes) -> bool:

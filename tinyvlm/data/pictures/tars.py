@@ -112,10 +112,10 @@ class Tars:
         if texts and not pictures:
             self.left_out["texts that stand apart from their picture"] += len(texts)
         for picture in pictures:
-            # A text of exactly the picture's name before one that is the whole sample's.
-            stem = os.path.splitext(picture.name)[0]
-            own = sorted(texts, key=lambda text: os.path.splitext(text.name)[0] == stem)
-            read = {suffix_of(text.name): self._text(file, text) for text in own}
+            # Of several pictures each has the texts of its own name, then those of the whole sample's.
+            stems = [key_of(picture.name), os.path.splitext(picture.name)[0]]
+            own = [text for stem in stems for text in texts if os.path.splitext(text.name)[0] == stem]
+            read = {suffix_of(text.name): self._text(file, text) for text in (own if len(pictures) > 1 else texts)}
             caption, meta = words(read, self.config)
             url = address(path, picture.name)
             yield Found(url, address(path), picture.offset, picture.length, modified, caption=caption, meta=meta)
