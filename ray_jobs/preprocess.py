@@ -6,11 +6,9 @@ dataset of the Hugging Face hub; see `tinyvlm/data/pictures`.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from ray_jobs import _cli
 from ray_jobs._cluster import StageResources
+from tinyvlm.data import hub
 from tinyvlm.data.pictures import open_pictures, stage_given
 from tinyvlm.data.preprocess import Preprocess
 
@@ -22,14 +20,8 @@ def run(job: _cli.Job) -> None:
     if given:
         _cli.run_rows(job, stage.reading(given), resources)
     else:
-        places = [_typed(path) for path in job.inputs]
+        places = [hub.as_typed(path) for path in job.inputs]
         _cli.run_rows(job, stage, resources, lambda root: open_pictures(places, job.recipe.pictures, root))
-
-
-def _typed(path: Path) -> str:
-    """A place as it was typed: the command line makes each --input an absolute path, which owner/name is none."""
-    here = Path.cwd()
-    return os.fspath(path.relative_to(here)) if path.is_relative_to(here) and not path.exists() else os.fspath(path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import socket
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import pytest
 from hub_server import TOKEN, Hub, serving
 from test_pictures import BODIES, CAPTIONS, listed, prepared, rows_of
 
-from tinyvlm.data import hub as files
-from tinyvlm.data.hub import CONVERTED, Asked, is_address, parse, resolve
+from ray_jobs import _cli
+from ray_jobs import preprocess as job
+from tinyvlm.data.hub import CONVERTED, Asked, as_typed, is_address, is_pinned, parse, resolve
 from tinyvlm.errors import DataError
 
 
@@ -162,6 +164,18 @@ def test_what_is_not_there_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch
     assert "HF_HUB_OFFLINE" in refused("some/pictures")
 
 
+def test_the_command_takes_a_dataset(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for address in ("some/pictures", "hf://datasets/some/pictures/data"):
+        job.run(_cli.parse("preprocess", ["--recipe", "tiny", "--input", address, "--output", "out", "--dry-run"]))
+        assert json.loads(capsys.readouterr().out)["plan"]["rows"] == 7
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "pictures").mkdir()
+    assert as_typed(tmp_path / "some" / "pictures") == f"{tmp_path}/some/pictures"  # what is here comes first
+
+
 def test_what_is_an_address() -> None:
     for text in ("BAAI/CapsFusion-120M", "a/b@main", "a/b:c/d", "hf://datasets/a/b/c.parquet", "a.b/c_d"):
         assert is_address(text)
@@ -169,4 +183,5 @@ def test_what_is_an_address() -> None:
         assert not is_address(text)
     assert parse("a/b@r:c/s") == Asked("a/b", "r", "", "c", "s")
     assert parse("hf://datasets/a/b@r/c/d.parquet") == Asked("a/b", "r", "c/d.parquet")
-    assert not files.is_pinned("file:///a/b.parquet")
+    assert not is_pinned("file:///a/b.parquet")
+    assert is_pinned(Path("hf://datasets/a/b@c/d.parquet"))

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from tinyvlm.errors import DataError
@@ -44,9 +45,15 @@ def is_address(text: str) -> bool:
     return text.startswith("hf:/") or _ID.fullmatch(text) is not None
 
 
-def is_pinned(file: str) -> bool:
-    """Whether a file's address came from `resolve`."""
-    return file.startswith(SCHEME)
+def is_pinned(file: str | Path) -> bool:
+    """Whether a file's address came from `resolve`; a Path made of it counts too."""
+    return str(file).startswith("hf:/")
+
+
+def as_typed(path: Path) -> str:
+    """What was typed where a command line has made an absolute path of it: `owner/name` is no path."""
+    here = Path.cwd()
+    return os.fspath(path.relative_to(here)) if path.is_relative_to(here) and not path.exists() else os.fspath(path)
 
 
 def resolve(address: str, suffixes: Sequence[str] = (".parquet",)) -> list[str]:
@@ -64,7 +71,7 @@ def resolve(address: str, suffixes: Sequence[str] = (".parquet",)) -> list[str]:
         info = api.dataset_info(asked.repo, revision=asked.revision, timeout=TIMEOUT_S)
         commit, files = info.sha, api.list_repo_files(asked.repo, revision=info.sha, repo_type="dataset")
         usable = [file for file in files if file.lower().endswith(tuple(suffixes))]
-        configs = (info.card_data.to_dict() if info.card_data else {}).get("configs") or []
+        configs = (info.card_data.get("configs") if info.card_data else None) or []
         chosen = _choose(asked, usable, configs)
         if not chosen and asked.revision is None and not asked.path:
             try:
@@ -83,7 +90,7 @@ def resolve(address: str, suffixes: Sequence[str] = (".parquet",)) -> list[str]:
     return [f"{SCHEME}datasets/{asked.repo}@{commit}/{file}" for file in sorted(chosen)]
 
 
-def open_file(file: str) -> BinaryIO:
+def open_file(file: str | Path) -> BinaryIO:
     """A file that `resolve` named; each read is one range request of just that length.
 
     Raises:
@@ -92,7 +99,7 @@ def open_file(file: str) -> BinaryIO:
     from huggingface_hub import HfFileSystem
 
     filesystem = HfFileSystem(endpoint=_endpoint())
-    return cast(BinaryIO, filesystem.open(file, "rb", cache_type="none"))
+    return cast(BinaryIO, filesystem.open(_unfolded(file), "rb", cache_type="none"))
 
 
 @contextmanager
@@ -116,7 +123,7 @@ def speaking(address: str) -> Iterator[None]:
         raise DataError(f"{address} is no address of a dataset: {_first_line(error)}") from error
     except errors.OfflineModeIsEnabled as error:
         raise DataError(f"{address} is on the hub, and HF_HUB_OFFLINE forbids to ask it.") from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, under that version's name
         raise DataError(
             f"{address} is no file here, and the hub {where} cannot be reached or does not answer well "
             f"({type(error).__name__}: {_first_line(error)}); check the name, the network and HF_ENDPOINT."
@@ -133,7 +140,7 @@ def parse(address: str) -> Asked:
     from huggingface_hub import parse_hf_uri
 
     with speaking(address):
-        uri = parse_hf_uri(re.sub(r"^hf:/+", SCHEME, address))  # a path's slashes may have been folded
+        uri = parse_hf_uri(_unfolded(address))
     if uri.type != "dataset":
         raise DataError(f"{address} names a {uri.type}; a dataset's address begins with hf://datasets/.")
     return Asked(uri.id, uri.revision, uri.path_in_repo)
@@ -152,8 +159,8 @@ def _choose(asked: Asked, files: list[str], configs: Sequence[Mapping[str, Any]]
             )
         config = by_name[default[0]]
     else:
-        config = by_name.get(asked.config) if asked.config else next(iter(by_name.values()), {})
-    patterns = _patterns((config or {}).get("data_files"), asked.split)
+        config = by_name.get(asked.config, {}) if asked.config else next(iter(by_name.values()), {})
+    patterns = _patterns(config.get("data_files"), asked.split)
     if patterns:
         return [file for file in files if _fits(file, patterns)]
     return [file for file in files if all(_names(file, word) for word in (asked.config, asked.split) if word)]
@@ -182,6 +189,11 @@ def _fits(file: str, patterns: Sequence[str]) -> bool:
 def _names(file: str, word: str) -> bool:
     """Whether a path has a word in it that stands by itself: `train` in data/train-00000.parquet."""
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", file) is not None
+
+
+def _unfolded(address: str | Path) -> str:
+    """With both slashes, of which a Path keeps one."""
+    return re.sub(r"^hf:/+", SCHEME, str(address))
 
 
 def _endpoint() -> str | None:

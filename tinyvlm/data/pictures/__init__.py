@@ -110,7 +110,8 @@ def _folder(path: Path, config: PicturesConfig, root: Path | None) -> Source:
     seen = survey(path)
     num_files = sum(seen.suffixes[suffix] for suffix in IMAGE_SUFFIXES)
     if not (seen.tars or num_files or (seen.tables and (config.image_column or has_images(seen.tables[0])))):
-        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in seen.suffixes.most_common(5))
+        there = Counter({suffix or "without suffix": count for suffix, count in seen.suffixes.items()}) + seen.left_out
+        kinds = ", ".join(f"{count} {what}" for what, count in there.most_common(5))
         raise DataError(f"The folder {path} holds no pictures ({kinds or 'it is empty'}); give {_WANTED}.")
     if root is not None and Path(os.path.realpath(root)).is_relative_to(os.path.realpath(path)):
         raise DataError(f"The output {root} lies inside the folder of pictures {path}; give an --output beside it.")

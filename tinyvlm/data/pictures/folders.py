@@ -66,6 +66,7 @@ class Survey:
     """Names of metadata files, from the folder."""
     digest: str
     """Of names, sizes and times of change of all pictures and texts: to read them all twice is not worth it."""
+    left_out: Counter[str]
 
 
 class Folder:
@@ -128,8 +129,8 @@ class Folder:
 def survey(root: Path) -> Survey:
     """Walk through a folder once, without opening a file."""
     digest = hashlib.sha256(os.fsencode(root))
-    seen = Survey(Counter(), [], [], [], "")
-    for file in walk(os.fsencode(root), Counter()):
+    seen = Survey(Counter(), [], [], [], "", Counter())
+    for file in walk(os.fsencode(root), seen.left_out):
         suffix = suffix_of(file.name)
         seen.suffixes[suffix] += 1
         if suffix in (".tar", ".parquet"):
@@ -217,7 +218,8 @@ class _Metadata:
         """Caption and meta of a picture, when a metadata file speaks of it."""
         if not self.num_rows:
             return None
-        found = self.database.execute("SELECT caption, meta FROM words WHERE name = ?", (name,)).fetchone()
+        asked = self.database.execute("SELECT caption, meta FROM words WHERE name = ?", (name,))
+        found: tuple[str | None, str] | None = asked.fetchone()
         self.num_used += found is not None
         return found
 
