@@ -128,6 +128,9 @@ def test_statistics(web: None, tmp_path: Path) -> None:
     assert len(histogram["counts"]) == 19
     by_edge = dict(zip(RATIO_EDGES, histogram["counts"], strict=False))
     assert (by_edge[0.6], by_edge[0.55], by_edge[0.3], by_edge[0.05], by_edge[0.95]) == (1, 1, 1, 1, 2)
+    assert histogram["mark"]["x"] == PICTURE.crop_ratio
     assert len(statistics["pictures"]["items"]) == 6
+    fits = [item["caption"].split()[-1] for item in statistics["pictures"]["items"]]
+    assert fits == ["crop", "pad", "crop", "crop", "pad", "pad"]  # in turn within each part
     for item in statistics["pictures"]["items"]:
         assert images.decode(base64.b64decode(item["jpeg_base64"]), LIMITS).size == (32, 32)

@@ -22,6 +22,7 @@ from tinyvlm.data.encode import EncodeConfig
 from tinyvlm.data.explore import ExploreConfig
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig
+from tinyvlm.data.pictures import PicturesConfig
 from tinyvlm.data.prepare import PrepareConfig
 from tinyvlm.errors import ConfigError
 from tinyvlm.eval.answers import EvaluateConfig
@@ -40,6 +41,7 @@ class Recipe:
     limits: LimitConfig = field(default_factory=LimitConfig)
     """What a downloaded picture may be."""
     links: LinksConfig = field(default_factory=LinksConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)

@@ -42,6 +42,7 @@ STATUSES: dict[str, str] = {
     "optout.robots": "robots.txt disallows the address",
     "optout.takedown": "on the takedown list",
     "too_large": "more bytes than allowed",
+    "unreadable": "the file is gone, has changed, or may not be read",
     "not_image": "the bytes are no image of an allowed format",
     "corrupt": "an image, but damaged",
     "crashed": "the decoder crashed on it or never ended",
@@ -98,6 +99,19 @@ _CARRIED = (pa.field("url", pa.string()), pa.field("caption", pa.string()), pa.f
 """`meta` is a JSON object with whatever else the link list says of the row (split, image id, …)."""
 
 LINKS = pa.schema([pa.field("key", pa.int64(), False), *_CARRIED])
+
+PICTURES = _row(
+    *_CARRIED,
+    pa.field("file", pa.string()),
+    pa.field("column", pa.string()),
+    pa.field("offset", pa.int64()),
+    pa.field("length", pa.int64()),
+    pa.field("modified", pa.int64()),
+)
+"""Where pictures lie that are already there: `length` bytes at `offset` of `file`, or row `offset` of its `column`.
+
+`modified`: the file's time of change when it was listed, ns.  A status other than ok: a piece of input is damaged.
+"""
 
 DOWNLOADED = _row(
     *_CARRIED,

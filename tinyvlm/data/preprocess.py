@@ -1,16 +1,22 @@
-"""Stage `preprocess`: downloaded pictures → square JPEG pictures of one size.
+"""Stage `preprocess`: pictures → square JPEG pictures of one size.
 
-    originals ─▶ decode ─▶ crop the centre, or pad with black ─▶ JPEG        (download.store=original)
-    finished pictures ──────────── passed on as they are ─────────▶          (download.store=finished)
+    originals of a download ─────────────────────────┐
+    pictures that are already there (data/pictures) ─┴▶ decode ─▶ crop the centre, or pad with black ─▶ JPEG
+    finished pictures of a download ──────────────────── passed on as they are ──────────────────────▶
 
-`sha256` stays that of the bytes as they came from the web, so that a picture is known by it in every stage.
+By default the download workers do all this in the same pass (download.store=finished), and little is left to do here.
+`sha256` stays that of the bytes as they came, so that a picture is known by it in every stage.
 """
 
 from __future__ import annotations
 
 import base64
+import copy
+import hashlib
+import itertools
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from tinyvlm import images, schema
+from tinyvlm.data.pictures.bodies import Body, read_bodies
 from tinyvlm.errors import ConfigError
 from tinyvlm.folders import Manifest, read_rows, scan
 from tinyvlm.stage import Stage
@@ -30,8 +37,7 @@ _log = logging.getLogger(__name__)
 
 RATIO_EDGES = [round(0.05 * step, 2) for step in range(1, 21)]
 """Edges of the 19 bins of shorter/longer side; the rule's 0.6 is one of them."""
-NUM_SAMPLES = 12
-_CARRIED = ("key", "url", "caption", "meta", "sha256", "phash", "final_url")
+NUM_SAMPLES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,20 @@ class PreprocessConfig:
 
     picture: images.PictureConfig = field(default_factory=images.PictureConfig)
     limits: images.LimitConfig = field(default_factory=images.LimitConfig)
+
+
+@dataclass
+class Outcome:
+    """What became of one body."""
+
+    status: str = schema.OK
+    detail: str | None = None
+    image: bytes | None = None
+    fit: images.Fit | None = None
+    sha256: str | None = None
+    phash: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
 
 
 class Preprocess(Stage):
@@ -61,6 +81,16 @@ class Preprocess(Stage):
         """The stage with a recipe's settings."""
         return cls(PreprocessConfig(picture=recipe.picture, limits=recipe.limits))
 
+    def reading(self, stage_name: str) -> Preprocess:
+        """The same stage for the folder of another one: `download` or `pictures`."""
+        other = copy.copy(self)
+        other.reads = (stage_name,)
+        return other
+
+    def select(self, rows: pa.Table) -> pa.Table:
+        """Of a download what arrived; of a listing all, so that its damaged files are seen in the outcome too."""
+        return rows if _is_listing(rows) else super().select(rows)
+
     def check(self) -> None:
         """Refuses finished pictures of other settings: they cannot be undone."""
         wanted, stored = self.config.picture.stored, self._stored()
@@ -73,13 +103,18 @@ class Preprocess(Stage):
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         images.quiet_pillow()
-        if self._finished is None:
-            self._finished = bool(self._stored())
-        outcomes = [self._outcome(row) for row in rows.select(["image", "width", "height", "final_url"]).to_pylist()]
-        columns: dict[str, Any] = {name: rows[name] for name in _CARRIED}
-        columns |= {"original_width": rows["width"], "original_height": rows["height"]}
-        for index, name in enumerate(("status", "detail", "image", "fit")):
-            columns[name] = [outcome[index] for outcome in outcomes]
+        columns: dict[str, Any] = {name: rows[name] for name in ("key", "url", "caption", "meta")}
+        if _is_listing(rows):
+            outcomes = [self._outcome(body) for body in read_bodies(rows, self.config.limits.max_bytes)]
+            # An address of its own, as that of a link which redirects nowhere.
+            columns["final_url"] = rows["url"]
+        else:
+            outcomes = list(self._of_download(rows))
+            columns |= {name: rows[name] for name in ("sha256", "phash", "final_url")}
+            columns |= {"original_width": rows["width"], "original_height": rows["height"]}
+        for name in self.writes.names:
+            if name not in columns:
+                columns[name] = [getattr(outcome, name) for outcome in outcomes]
         return pa.table({name: columns[name] for name in self.writes.names}, schema=self.writes)
 
     def statistics(self, folder: Path) -> dict[str, Any]:
@@ -109,6 +144,7 @@ class Preprocess(Stage):
                     "edges": RATIO_EDGES,
                     "counts": counts.tolist(),
                     "x_label": "shorter ÷ longer side",
+                    "mark": {"x": threshold, "label": "cropped from here"},
                 },
             ],
             "pictures": {"title": "Finished pictures", "items": _samples(folder)},
@@ -121,23 +157,42 @@ class Preprocess(Stage):
         made: dict[str, Any] = Manifest.read(Path(self.folders["download"])).settings.get("picture", {})
         return made
 
-    def _outcome(self, row: dict[str, Any]) -> tuple[str, str | None, bytes | None, images.Fit | None]:
-        """status, detail, picture, fit."""
+    def _of_download(self, rows: pa.Table) -> Iterator[Outcome]:
+        if self._finished is None:
+            self._finished = bool(self._stored())
+        for row in rows.select(["image", "width", "height"]).to_pylist():
+            if self._finished:
+                yield Outcome(image=row["image"], fit=images.fit_of(row["width"], row["height"], self.config.picture))
+            else:
+                yield self._outcome(Body(row["image"]))
+
+    def _outcome(self, body: Body) -> Outcome:
+        """The one place where bytes become a picture, or the reason why not."""
+        if body.data is None:
+            return Outcome(body.status, body.detail)
+        outcome = Outcome(sha256=hashlib.sha256(body.data).hexdigest())
         picture = self.config.picture
         try:
-            if self._finished:
-                return schema.OK, None, row["image"], images.fit_of(row["width"], row["height"], picture)
-            square, fit = images.square(images.decode(row["image"], self.config.limits), picture)
-            return schema.OK, None, images.to_jpeg(square, picture.jpeg_quality), fit
+            image = images.decode(body.data, self.config.limits)
+            outcome.original_width, outcome.original_height = image.size
+            outcome.phash = images.perceptual_hash(image)
+            square, outcome.fit = images.square(image, picture)
+            outcome.image = images.to_jpeg(square, picture.jpeg_quality)
         except images.ImageError as error:
-            return error.status, error.detail[:200], None, None
+            outcome.status, outcome.detail = error.status, error.detail[:200]
         except Exception as error:  # a bug of ours, or no memory: costs a row, not the run
-            _log.exception("cannot preprocess %s", row["final_url"])
-            return "internal_error", f"{type(error).__name__}: {error}"[:200], None, None
+            _log.exception("cannot preprocess a picture with sha256 %s", outcome.sha256)
+            outcome = Outcome("internal_error", f"{type(error).__name__}: {error}"[:200], sha256=outcome.sha256)
+        return outcome
+
+
+def _is_listing(rows: pa.Table) -> bool:
+    """Whether rows say where pictures are, and do not hold them."""
+    return "file" in rows.column_names
 
 
 def _samples(folder: Path) -> list[dict[str, str]]:
-    """About a dozen finished pictures, from parts all over the folder."""
+    """About two dozen finished pictures, from parts all over the folder, cropped and padded in turn."""
     paths = sorted((folder / "data").glob("part-*.parquet"))
     num_chosen = min(NUM_SAMPLES, len(paths))
     chosen = [paths[index * len(paths) // num_chosen] for index in range(num_chosen)]
@@ -147,7 +202,9 @@ def _samples(folder: Path) -> list[dict[str, str]]:
         # Images lie in one column chunk for each row group: a small slice reads no more than that.
         rows = read_rows(str(path), 0, 8 * NUM_SAMPLES, ["status", "fit", "image", "original_width", "original_height"])
         usable = [row for row in rows.to_pylist() if row["status"] == schema.OK]
-        for row in usable[:each]:
+        by_fit = [[row for row in usable if row["fit"] == fit] for fit in ("crop", "pad")]
+        in_turn = [row for pair in itertools.zip_longest(*by_fit) for row in pair if row]
+        for row in in_turn[:each]:
             caption = f"{row['original_width']}×{row['original_height']} {row['fit']}"
             items.append({"caption": caption, "jpeg_base64": base64.b64encode(row["image"]).decode()})
     return items[:NUM_SAMPLES]
