@@ -144,7 +144,6 @@ class Preprocess(Stage):
                     "edges": RATIO_EDGES,
                     "counts": counts.tolist(),
                     "x_label": "shorter ÷ longer side",
-                    "mark": {"x": threshold, "label": "cropped from here"},
                 },
             ],
             "pictures": {"title": "Finished pictures", "items": _samples(folder)},
