@@ -141,12 +141,11 @@ def test_every_kind_of_place_gives_the_same_rows(tmp_path: Path, kind: str) -> N
     assert [row["key"] for row in rows] == list(range(7))
     assert len({row["url"] for row in rows}) == 7
     for row, body, caption, size in zip(rows, BODIES, CAPTIONS, SIZES, strict=True):
-        image = images.decode(body, LIMITS)
-        square, fit = images.square(image, PICTURE)
-        assert (row["status"], row["caption"], row["fit"]) == ("ok", caption, fit)
+        finished = images.finish(body, PICTURE, LIMITS)
+        assert (row["status"], row["caption"], row["fit"]) == ("ok", caption, finished.fit)
         assert (row["original_width"], row["original_height"]) == size
-        assert row["image"] == images.to_jpeg(square, 95)
-        assert row["phash"] == images.perceptual_hash(image)
+        assert row["image"] == finished.jpeg
+        assert row["phash"] == finished.phash
         assert row["final_url"] == row["url"]
         assert row["url"].startswith("file:///")
 
@@ -156,7 +155,7 @@ def test_any_cut_into_parts_and_any_order_of_work_gives_the_same_rows(tmp_path: 
     whole = rows_of(prepared(tmp_path / "whole", place))
     for rows_per_part in (1, 3, 100):
         run = prepared(tmp_path / f"{rows_per_part}", place, rows_per_part=rows_per_part)
-        run.carry_out(lambda parts, lease, run=run: [run.for_worker().work(part, lease) for part in reversed(parts)])
+        run.carry_out(lambda parts, lease, run=run: [run.for_worker(1).work(part, lease) for part in reversed(parts)])
         assert rows_of(run) == whole
 
 

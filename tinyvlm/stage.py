@@ -62,7 +62,7 @@ class Stage:
         return self(rows)
 
     def close(self) -> None:
-        """Let go of what the first call made: threads, sockets, processes."""
+        """Let go of what the first call made: threads, sockets, processes.  The stage may be called again."""
 
     def statistics(self, folder: Path) -> dict[str, Any]:
         """Numbers and charts for stats.json and report.html, from the finished parts of `folder`."""

@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 
 import tinyvlm
 from tinyvlm import config as settings
-from tinyvlm import stage
-from tinyvlm.folders import describe_part, require_space
+from tinyvlm.folders import Manifest, close_folder, describe_part, git_commit, require_space
 
 Close = Callable[[int, Counter[str]], dict[str, Any]]
 """Given the number of rows and how many have each status: checks them, and gives further statistics."""
@@ -104,7 +103,7 @@ def _write(folder: Path, listing: Listing, parts: Iterable[pa.Table], close: Clo
     more = close(num_rows, statuses)
     seconds = round(time.perf_counter() - started, 2)
     counts = dict(statuses.most_common())
-    manifest = stage.Manifest(
+    manifest = Manifest(
         stage=listing.name,
         version=listing.version,
         fingerprint=listing.fingerprint,
@@ -117,10 +116,10 @@ def _write(folder: Path, listing: Listing, parts: Iterable[pa.Table], close: Clo
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tinyvlm_version=tinyvlm.__version__,
-        git_commit=stage.git_commit(),
+        git_commit=git_commit(),
     )
     statistics = {"stage": listing.name, "rows_in": num_rows, "rows_out": num_rows, "statuses": counts}
-    stage.close_folder(folder, manifest, {**statistics, "seconds": seconds, **more})
+    close_folder(folder, manifest, {**statistics, "seconds": seconds, **more})
 
 
 def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:

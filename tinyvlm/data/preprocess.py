@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import base64
 import copy
-import hashlib
 import itertools
-import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,19 +24,20 @@ import numpy as np
 import pyarrow as pa
 
 from tinyvlm import images, schema
+from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.pictures.bodies import Body, read_bodies
 from tinyvlm.errors import ConfigError
-from tinyvlm.folders import Manifest, read_rows, scan
+from tinyvlm.folders import Manifest, part_paths, read_rows, scan
 from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
 
-_log = logging.getLogger(__name__)
-
 RATIO_EDGES = [round(0.05 * step, 2) for step in range(1, 21)]
 """Edges of the 19 bins of shorter/longer side; the rule's 0.6 is one of them."""
 NUM_SAMPLES = 24
+AHEAD = 16
+"""Pictures handed to the decoders before their turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +46,41 @@ class PreprocessConfig:
 
     picture: images.PictureConfig = field(default_factory=images.PictureConfig)
     limits: images.LimitConfig = field(default_factory=images.LimitConfig)
-
-
-@dataclass
-class Outcome:
-    """What became of one body."""
-
-    status: str = schema.OK
-    detail: str | None = None
-    image: bytes | None = None
-    fit: images.Fit | None = None
-    sha256: str | None = None
-    phash: int | None = None
-    original_width: int | None = None
-    original_height: int | None = None
+    decode_processes: int = 1
+    """Decoder processes of each worker; as `download.decode_processes`."""
+    decode_timeout_s: float = 20.0
+    """How long a decoder may take over one picture, s."""
 
 
 class Preprocess(Stage):
     """Makes each picture square."""
 
     name = "preprocess"
-    version = 2
+    version = 3
     reads = ("download",)
     writes = schema.PREPROCESSED
 
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
-        self.settings = {"picture": config.picture.stored, "limits": config.limits}
+        self.settings = {
+            "picture": config.picture.stored, "limits": config.limits, "resizer": images.resizer()
+        }  # fmt: skip
         self.bytes_per_row = config.picture.size**2 // 4
         self._finished: bool | None = None
+        self._running: Decoders | None = None
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Preprocess:
         """The stage with a recipe's settings."""
-        return cls(PreprocessConfig(picture=recipe.picture, limits=recipe.limits))
+        download = recipe.download
+        return cls(
+            PreprocessConfig(
+                picture=recipe.picture,
+                limits=recipe.limits,
+                decode_processes=download.decode_processes,
+                decode_timeout_s=download.decode_timeout_s,
+            )
+        )
 
     def reading(self, stage_name: str) -> Preprocess:
         """The same stage for the folder of another one: `download` or `pictures`."""
@@ -105,7 +106,10 @@ class Preprocess(Stage):
         images.quiet_pillow()
         columns: dict[str, Any] = {name: rows[name] for name in ("key", "url", "caption", "meta")}
         if _is_listing(rows):
-            outcomes = [self._outcome(body) for body in read_bodies(rows, self.config.limits.max_bytes)]
+            outcomes = list(self._decode(read_bodies(rows, self.config.limits.max_bytes)))
+            columns |= {name: [getattr(outcome, name) for outcome in outcomes] for name in ("sha256", "phash")}
+            for name in ("width", "height"):
+                columns[f"original_{name}"] = [getattr(outcome, name) for outcome in outcomes]
             # An address of its own, as that of a link which redirects nowhere.
             columns["final_url"] = rows["url"]
         else:
@@ -156,33 +160,45 @@ class Preprocess(Stage):
         made: dict[str, Any] = Manifest.read(Path(self.folders["download"])).settings.get("picture", {})
         return made
 
-    def _of_download(self, rows: pa.Table) -> Iterator[Outcome]:
+    def _of_download(self, rows: pa.Table) -> Iterator[Decoded]:
         if self._finished is None:
             self._finished = bool(self._stored())
+        if not self._finished:
+            yield from self._decode(Body(data) for data in rows["image"].to_pylist())
+            return
         for row in rows.select(["image", "width", "height"]).to_pylist():
-            if self._finished:
-                yield Outcome(image=row["image"], fit=images.fit_of(row["width"], row["height"], self.config.picture))
-            else:
-                yield self._outcome(Body(row["image"]))
+            fit = images.fit_of(row["width"], row["height"], self.config.picture)
+            yield Decoded(status=schema.OK, image=row["image"], fit=fit)
 
-    def _outcome(self, body: Body) -> Outcome:
-        """The one place where bytes become a picture, or the reason why not."""
-        if body.data is None:
-            return Outcome(body.status, body.detail)
-        outcome = Outcome(sha256=hashlib.sha256(body.data).hexdigest())
-        picture = self.config.picture
-        try:
-            image = images.decode(body.data, self.config.limits)
-            outcome.original_width, outcome.original_height = image.size
-            outcome.phash = images.perceptual_hash(image)
-            square, outcome.fit = images.square(image, picture)
-            outcome.image = images.to_jpeg(square, picture.jpeg_quality)
-        except images.ImageError as error:
-            outcome.status, outcome.detail = error.status, error.detail[:200]
-        except Exception as error:  # a bug of ours, or no memory: costs a row, not the run
-            _log.exception("cannot preprocess a picture with sha256 %s", outcome.sha256)
-            outcome = Outcome("internal_error", f"{type(error).__name__}: {error}"[:200], sha256=outcome.sha256)
-        return outcome
+    def _decode(self, bodies: Iterable[Body]) -> Iterator[Decoded]:
+        """The one place where bytes become pictures, or the reasons why not; in order, a few ahead."""
+        coming: deque[Future[Decoded]] = deque()
+        for body in bodies:
+            coming.append(self._submit(body))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        yield from (future.result() for future in coming)
+
+    def _submit(self, body: Body) -> Future[Decoded]:
+        if body.data is not None:
+            return self._decoders().submit(body.data)
+        unread: Future[Decoded] = Future()
+        unread.set_result(Decoded(status=body.status, detail=body.detail))
+        return unread
+
+    def _decoders(self) -> Decoders:
+        if self._running is None:
+            config = self.config
+            self._running = Decoders(
+                config.picture, config.limits, "finished", config.decode_processes, config.decode_timeout_s
+            )
+        return self._running
+
+    def close(self) -> None:
+        """End the decoder processes."""
+        if self._running is not None:
+            self._running.close()
+        self._running = None
 
 
 def _is_listing(rows: pa.Table) -> bool:
@@ -192,7 +208,7 @@ def _is_listing(rows: pa.Table) -> bool:
 
 def _samples(folder: Path) -> list[dict[str, str]]:
     """About two dozen finished pictures, from parts all over the folder, cropped and padded in turn."""
-    paths = sorted((folder / "data").glob("part-*.parquet"))
+    paths = part_paths(folder)
     num_chosen = min(NUM_SAMPLES, len(paths))
     chosen = [paths[index * len(paths) // num_chosen] for index in range(num_chosen)]
     each = -(-NUM_SAMPLES // max(1, num_chosen))

@@ -34,6 +34,7 @@ from tinyvlm.data.pictures.found import IMAGE_SUFFIXES, PicturesConfig, Source, 
 from tinyvlm.data.pictures.tables import Tables, has_images
 from tinyvlm.data.pictures.tars import Tars
 from tinyvlm.errors import DataError
+from tinyvlm.folders import Input, point_latest
 
 __all__ = ["STAGE", "PicturesConfig", "find_sources", "open_pictures", "stage_given"]
 
@@ -49,7 +50,7 @@ _WANTED = "a root with a download, a folder, tars or Parquet of pictures, or a d
 log = logging.getLogger(__name__)
 
 
-def open_pictures(places: Sequence[str], config: PicturesConfig, root: Path) -> stage.Input:
+def open_pictures(places: Sequence[str], config: PicturesConfig, root: Path) -> Input:
     """The input of `preprocess` for pictures at `places`, listed in a folder under `root` unless they are already.
 
     Raises:
@@ -63,7 +64,7 @@ def open_pictures(places: Sequence[str], config: PicturesConfig, root: Path) -> 
     folder = listing.folder(root)
     if not (folder / "manifest.json").is_file():
         make_folder(listing, root, _tables(sources, config), config.rows_per_part, partial(_close, sources))
-    stage.point_latest(folder.parent, STAGE, folder)
+    point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
 
 
