@@ -18,8 +18,7 @@ def _finish(table: pa.Table) -> pa.Table:
     picture, limits, good = images.PictureConfig(), images.LimitConfig(), []
     for place, body in enumerate(table["image"].to_pylist()):
         try:
-            image = images.square(images.decode(body or b"", limits), picture)[0]
-            good.append((place, images.to_jpeg(image, picture.jpeg_quality)))
+            good.append((place, images.finish(body or b"", picture, limits).jpeg))
         except images.ImageError:
             continue
     rows = table.take([place for place, _ in good])

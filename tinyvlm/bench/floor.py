@@ -37,8 +37,7 @@ def main(argv: list[str]) -> None:
     bodies = {path.stem: path.read_bytes() for path in Path(argv[1]).iterdir()}
     picture, limits = images.PictureConfig(), images.LimitConfig()
     for url in urls:
-        image = images.decode(bodies[Path(url).stem], limits)
-        images.to_jpeg(images.square(image, picture)[0], picture.jpeg_quality)
+        images.finish(bodies[Path(url).stem], picture, limits)
 
 
 if __name__ == "__main__":
