@@ -315,19 +315,23 @@ class Fetcher:
         if (response.content_length or 0) > most:
             raise FetchError("too_large", f"{response.content_length} bytes announced, {most} allowed")
         encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
-        body = bytearray()
+        pieces: list[bytes] = []
+        num_bytes = 0
         sniffed = encoding != "identity"
         async for piece in response.content.iter_any():
-            body += piece
-            if len(body) > most:
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > most:
                 raise FetchError("too_large", f"more than {most} bytes")
-            if not sniffed and len(body) >= images.SIGNATURE_BYTES:
+            if not sniffed and num_bytes >= images.SIGNATURE_BYTES:
                 sniffed = True
-                if images.sniff(bytes(body[: images.SIGNATURE_BYTES])) is None:
-                    raise FetchError("not_image", f"{response.content_type}, begins with {bytes(body[:12])!r}")
-        if not body:
+                first_bytes = b"".join(pieces)[: images.SIGNATURE_BYTES]
+                if images.sniff(first_bytes) is None:
+                    raise FetchError("not_image", f"{response.content_type}, begins with {first_bytes[:12]!r}")
+        if not num_bytes:
             raise FetchError("not_image", "empty answer")
-        return bytes(body) if encoding == "identity" else unpack(bytes(body), encoding, most)
+        body = b"".join(pieces)
+        return body if encoding == "identity" else unpack(body, encoding, most)
 
     async def _read_text(self, url: str) -> bytes:
         """What `robots` reads."""
