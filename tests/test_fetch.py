@@ -21,9 +21,9 @@ from small_web import JPEG, http, on_fast_clock, picture, raw_server, serving
 
 from tinyvlm.data import addresses
 from tinyvlm.data.addresses import FetchError
-from tinyvlm.data.answers import retry_after_s
 from tinyvlm.data.breaker import MIN_HOSTS
 from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher
+from tinyvlm.data.responses import retry_after_s
 from tinyvlm.errors import ConfigError, NetworkError
 from tinyvlm.images import LimitConfig
 from tinyvlm.schema import STATUSES

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from small_web import on_fast_clock
 
-from tinyvlm.data.addresses import NotAsked, Resolver
+from tinyvlm.data.addresses import FetchError, NotAsked, Resolver
 from tinyvlm.data.breaker import GRACE_S, MIN_HOSTS, WINDOW, Breaker
 from tinyvlm.data.hosts import CLOSED_S, DEAD_S, MAX_HOSTS, MAX_STRIKES, Hosts
 from tinyvlm.data.places import FLOOR, START, Places
@@ -271,19 +271,22 @@ def test_a_loop_that_comes_late_has_fewer_places() -> None:
 def test_the_breaker_counts_hosts_and_not_links() -> None:
     breaker = Breaker()
     for n in range(10_000):
-        assert breaker.silent(f"host{n % (MIN_HOSTS - 1)}", "timeout.connect", float(n), given_up=True) is None
+        assert (
+            breaker.silent(f"host{n % (MIN_HOSTS - 1)}", FetchError("timeout.connect", "why"), float(n), given_up=True)
+            is None
+        )
     assert not breaker.suspects
 
 
 def test_the_breaker_gives_grace_and_says_what_it_saw() -> None:
     breaker = Breaker()
     for n in range(MIN_HOSTS):
-        assert breaker.silent(f"host{n}", "broken.dns", 0.0, given_up=False) is None
+        assert breaker.silent(f"host{n}", FetchError("broken.dns", "why"), 0.0, given_up=False) is None
     assert breaker.suspects
-    assert breaker.silent("host0", "broken.dns", GRACE_S - 0.1, given_up=False) is None
-    error = breaker.silent("host0", "broken.dns", GRACE_S, given_up=False)
+    assert breaker.silent("host0", FetchError("broken.dns", "why"), GRACE_S - 0.1, given_up=False) is None
+    error = breaker.silent("host0", FetchError("broken.dns", "why"), GRACE_S, given_up=False)
     assert error is not None
-    assert f"{MIN_HOSTS} did not resolve ({MIN_HOSTS} × broken.dns)" in str(error)
+    assert f"{MIN_HOSTS} did not resolve ({MIN_HOSTS} × broken.dns; the last: why)" in str(error)
     for _ in range(WINDOW // 20 + 1):
         breaker.answered()
     assert not breaker.suspects, "one answer in twenty is a network"
@@ -294,6 +297,6 @@ def test_the_breaker_lets_a_list_pass_in_which_some_answer(every: int) -> None:
     breaker = Breaker()
     for n in range(5000):
         if n % every:
-            assert breaker.silent(f"host{n}", "dead.dns", float(n), given_up=True) is None
+            assert breaker.silent(f"host{n}", FetchError("dead.dns", "why"), float(n), given_up=True) is None
         else:
             breaker.answered()

@@ -22,7 +22,7 @@ KEEP_S = 300.0
 """How long the answer to a lookup is believed, good or bad."""
 MAX_KNOWN = 50_000
 """Answers remembered, the newest ones."""
-MAX_ADDRESSES = 6
+MAX_ADDRESSES = 4
 """Addresses of one host that are tried."""
 _METADATA = {"168.63.129.16"}
 """Public-looking addresses that are a cloud's own; other clouds' metadata addresses are link-local or private."""
@@ -87,16 +87,25 @@ class Resolver(AbstractResolver):
         Raises:
             FetchError: `dead.dns`, `broken.dns` or `private_address`.
         """
-        known = self._cache.get(host)
-        if known is None or known.until < time.monotonic():
-            known = await self._shared_lookup(host)
-        if known.status:
-            raise FetchError(known.status, known.detail, transient=known.status == "broken.dns")
+        known = await self.look_up(host)
         tcp, flags = socket.IPPROTO_TCP, socket.AI_NUMERICHOST
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=tcp, flags=flags)
             for kind, address in known.addresses
         ]
+
+    async def look_up(self, host: str) -> Known:
+        """What is known of `host`, and a lookup if nothing is.
+
+        Raises:
+            FetchError: as for `resolve`.
+        """
+        known = self._cache.get(host)
+        if known is None or known.until < time.monotonic():
+            known = await self._shared_lookup(host)
+        if known.status:
+            raise FetchError(known.status, known.detail, transient=known.status == "broken.dns")
+        return known
 
     async def close(self) -> None:
         """Leave lookups that still hang behind."""

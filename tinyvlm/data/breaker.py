@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from tinyvlm.data.addresses import FetchError
 from tinyvlm.errors import NetworkError
 
 WINDOW = 300
@@ -46,13 +47,13 @@ class Breaker:
         if not self._is_silent():
             self._since = None
 
-    def silent(self, host: str, status: str, now: float, *, given_up: bool) -> NetworkError | None:
+    def silent(self, host: str, failure: FetchError, now: float, *, given_up: bool) -> NetworkError | None:
         """Note that `host` gave no sign of life, with a status of `SILENT`; the error to stop with, if it is time to.
 
         `given_up`: the link is not tried again.
         """
         if host not in self._silent:
-            self._silent[host] = status
+            self._silent[host] = failure.status
             self._remember(host)
         if given_up:
             self._given_up.add(host)
@@ -62,7 +63,7 @@ class Breaker:
         self._since = now if self._since is None else self._since
         if now - self._since < GRACE_S and len(self._given_up) < MIN_HOSTS:
             return None
-        return NetworkError(self._sentence())
+        return NetworkError(self._sentence(failure.detail))
 
     def _remember(self, host: str) -> None:
         self._recent.append(host)
@@ -75,13 +76,13 @@ class Breaker:
         answers = len(self._recent) - len(self._silent)
         return len(self._silent) >= MIN_HOSTS and answers <= MAX_ANSWERED * len(self._recent)
 
-    def _sentence(self) -> str:
+    def _sentence(self, detail: str) -> str:
         kinds = Counter(self._silent.values())
         seen = ", ".join(f"{count} × {status}" for status, count in kinds.most_common())
         unresolved = kinds["dead.dns"] + kinds["broken.dns"]
         what = "did not resolve" if unresolved > len(self._silent) / 2 else "could not be reached"
         return (
-            f"Of the last {len(self._recent)} hosts {len(self._silent)} {what} ({seen}); is there a network "
-            "and a working name server?  Nothing of this part was written: the same command goes on from here.  If the "
-            "links are known to be dead, set download.fetch.circuit_breaker=false."
+            f"Of the last {len(self._recent)} hosts {len(self._silent)} {what} ({seen}; the last: {detail[:200]}); "
+            "is there a network and a working name server?  Nothing of this part was written: the same command goes on "
+            "from here.  If the links are known to be dead, set download.fetch.circuit_breaker=false."
         )

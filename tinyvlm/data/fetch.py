@@ -27,10 +27,10 @@ from yarl import URL
 from tinyvlm import __version__, images
 from tinyvlm.config import speed
 from tinyvlm.data.addresses import FetchError, Known, NotAsked, Resolver
-from tinyvlm.data.answers import PICTURES, REDIRECTS, THROTTLED, explain, opt_out, refusal, unpack
 from tinyvlm.data.breaker import GRACE_S, SILENT, Breaker
 from tinyvlm.data.hosts import Hosts
 from tinyvlm.data.places import Places
+from tinyvlm.data.responses import PICTURES, REDIRECTS, THROTTLED, explain, opt_out, refusal, unpack
 from tinyvlm.data.robots import MAX_BYTES, Robots
 from tinyvlm.data.session import open_session, raise_file_limit, tls_context
 from tinyvlm.data.urls import check_url, join, unescape
@@ -68,7 +68,7 @@ class FetchConfig:
     dns_timeout_s: float = 10.0
     """To look a host name up, s."""
     connect_timeout_s: float = 5.0
-    """To open a connection, s."""
+    """To open a connection, encryption included, s."""
     read_timeout_s: float = 10.0
     """Between two pieces of an answer, s."""
     total_timeout_s: float = 30.0
@@ -165,7 +165,6 @@ class Fetcher:
             self._tls,
             user_agent=config.user_agent,
             connect_timeout_s=config.connect_timeout_s,
-            dns_timeout_s=config.dns_timeout_s,
             read_timeout_s=config.read_timeout_s,
         )
         self._watcher = asyncio.create_task(self._watch())
@@ -296,6 +295,9 @@ class Fetcher:
             first = True  # the host was paused or died while this one waited for a place among all
 
     async def _hop(self, target: URL, answer: Answer, take: _Take[T]) -> T | _Elsewhere:
+        host = target.raw_host or ""
+        if ":" not in host and not host.replace(".", "").isdigit():
+            await self._resolver.look_up(host)  # has a deadline of its own; the connection finds the answer
         try:
             async with self._session.get(target, allow_redirects=False) as response:
                 answer.http_status = response.status
@@ -368,7 +370,7 @@ class Fetcher:
             return
         host = URL(answer.final_url or "", encoded=True).raw_host or ""
         now = asyncio.get_running_loop().time()
-        stop = self._breaker.silent(host, failure.status, now, given_up=given_up)
+        stop = self._breaker.silent(host, failure, now, given_up=given_up)
         if stop is not None and not self._stopped:
             self._stopped = str(stop)
             for task in self._tasks - {asyncio.current_task()}:

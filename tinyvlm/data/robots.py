@@ -19,8 +19,8 @@ from protego import Protego
 from yarl import URL
 
 from tinyvlm.data.addresses import FetchError
-from tinyvlm.data.answers import AGENT
 from tinyvlm.data.hosts import Bounded
+from tinyvlm.data.responses import AGENT
 
 MAX_BYTES = 500 * 1024
 """How much of a robots.txt is read; RFC 9309 §2.5 asks for at least this."""

@@ -27,7 +27,6 @@ def open_session(
     tls: ssl.SSLContext,
     *,
     user_agent: str,
-    dns_timeout_s: float,
     connect_timeout_s: float,
     read_timeout_s: float,
 ) -> aiohttp.ClientSession:
@@ -35,12 +34,8 @@ def open_session(
     connector = aiohttp.TCPConnector(
         resolver=resolver, use_dns_cache=False, limit=0, ssl=tls, keepalive_timeout=KEEP_ALIVE_S
     )
-    timeout = aiohttp.ClientTimeout(
-        total=None,
-        connect=dns_timeout_s + connect_timeout_s,
-        sock_connect=connect_timeout_s,
-        sock_read=read_timeout_s,
-    )
+    # `connect` is for all addresses of a host together, `sock_connect` would be for each.
+    timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=read_timeout_s)
     return aiohttp.ClientSession(
         connector=connector,
         timeout=timeout,
