@@ -341,6 +341,21 @@ def test_only_checked_addresses_are_connected_to(monkeypatch: pytest.MonkeyPatch
     assert answer.status in ("broken.network", "dead.refused")
 
 
+def test_the_connection_deadline_is_for_all_addresses_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    named(monkeypatch, silent_test=["8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9"])
+    tried: set[str] = set()
+
+    async def connect(self: Any, sock: socket.socket, address: Any) -> None:
+        tried.add(address[0])
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_connect", connect)
+    answer = fetch("http://silent.test/x.jpg", replace(FETCH, connect_timeout_s=1.2))
+    assert answer.status == "timeout.connect"
+    assert 1000 < answer.milliseconds < 2000
+    assert tried == {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1"}, "one after the other, and not too many"
+
+
 def test_dead_names_are_looked_up_once_and_invalid_ones_never(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = named(
         monkeypatch,
@@ -674,6 +689,36 @@ def test_after_a_stop_nothing_is_asked_and_a_callers_cancel_stays_one(monkeypatc
                 await fetcher.fetch("http://late.test/")
 
     on_fast_clock(run())
+
+
+def test_giant_hosts_are_shared_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hop(self: Fetcher, target: Any, answer: Answer, take: Any) -> bytes:
+        answer.http_status = 200
+        return JPEG
+
+    async def run(host: str) -> None:
+        config = FetchConfig(rate_per_host=20.0)
+        async with Fetcher(config, LIMITS, shared_hosts=["giant.test"], num_workers=4) as fetcher:
+            await asyncio.gather(*(fetcher.fetch(f"http://{host}/{n}") for n in range(41)))
+
+    monkeypatch.setattr(Fetcher, "_hop", hop)
+    assert on_fast_clock(run("giant.test"))[1] == pytest.approx(40 * 4 / 20, abs=0.01)
+    assert on_fast_clock(run("small.test"))[1] == pytest.approx(40 / 20, abs=0.01)
+
+
+def test_a_busy_machine_has_fewer_links_in_flight() -> None:
+    async def run() -> tuple[int, int]:
+        async with Fetcher(FETCH, LIMITS) as fetcher:
+            before = fetcher.num_places
+            for _ in range(50):
+                await asyncio.sleep(0.001)
+                time.sleep(0.6)  # somebody keeps the loop
+                if fetcher.num_places < before:
+                    break
+            return before, fetcher.num_places
+
+    before, after = asyncio.run(run())
+    assert after <= before / 2
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from small_web import on_fast_clock
 
 from tinyvlm.data.addresses import FetchError, NotAsked, Resolver
-from tinyvlm.data.breaker import GRACE_S, MIN_HOSTS, WINDOW, Breaker
+from tinyvlm.data.breaker import ANSWER_S, GRACE_S, MIN_HOSTS, WINDOW, Breaker
 from tinyvlm.data.hosts import CLOSED_S, DEAD_S, MAX_HOSTS, MAX_STRIKES, Hosts
 from tinyvlm.data.places import FLOOR, START, Places
 
@@ -137,20 +137,34 @@ def test_dead_hosts_are_asked_again_after_a_while() -> None:
         queue = [asyncio.create_task(hosts.enter("a.test", port)) for port in (80, 80, 443)]
         await asyncio.sleep(0)
         for _ in range(5):
-            hosts.failed("a.test", 80)
+            hosts.failed("a.test", 80, asyncio.get_running_loop().time())
         hosts.leave("a.test")
         ends = await asyncio.gather(*queue, return_exceptions=True)
         assert [getattr(end, "status", None) for end in ends] == ["dead.host", "dead.host", None]
         hosts.leave("a.test")
         await asyncio.sleep(DEAD_S + 1)
         await visit(hosts, "a.test", 0.0, [])
-        hosts.failed("a.test", 80)
+        hosts.failed("a.test", 80, asyncio.get_running_loop().time())
         with pytest.raises(NotAsked, match=r"dead\.host"):
             await hosts.enter("a.test", 80)
         await asyncio.sleep(DEAD_S + 1)
         hosts.answered("a.test", 80, throttled=False)
         for _ in range(4):
-            hosts.failed("a.test", 80)
+            hosts.failed("a.test", 80, asyncio.get_running_loop().time())
+        await visit(hosts, "a.test", 0.0, [])
+
+    on_fast_clock(run())
+
+
+def test_timeouts_beside_answers_are_no_death() -> None:
+    async def run() -> None:
+        hosts, loop = make_hosts(), asyncio.get_running_loop()
+        began_at = loop.time()
+        await asyncio.sleep(1)
+        hosts.answered("a.test", 80, throttled=True, asked_s=5.0)
+        await asyncio.sleep(4)
+        for _ in range(20):  # all had begun before that answer
+            hosts.failed("a.test", 80, began_at)
         await visit(hosts, "a.test", 0.0, [])
 
     on_fast_clock(run())
@@ -192,13 +206,13 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             name = f"host{n}.test"
             await hosts.enter(name, 80)
             if n % 3 == 0:
-                hosts.failed(name, 80)
+                hosts.failed(name, 80, 0.0)
             elif n % 3 == 1:
                 hosts.answered(name, 80, throttled=True, asked_s=3600.0)
             if n >= 10:  # the first ten are long
                 hosts.leave(name)
         assert len(hosts) <= MAX_HOSTS
-        assert len(hosts._failures) <= MAX_HOSTS
+        assert len(hosts._doors) <= MAX_HOSTS
         for n in range(10):
             hosts.leave(f"host{n}.test")
 
@@ -288,7 +302,7 @@ def test_the_breaker_gives_grace_and_says_what_it_saw() -> None:
     assert error is not None
     assert f"{MIN_HOSTS} did not resolve ({MIN_HOSTS} × broken.dns; the last: why)" in str(error)
     for _ in range(WINDOW // 20 + 1):
-        breaker.answered()
+        breaker.answered(GRACE_S)
     assert not breaker.suspects, "one answer in twenty is a network"
 
 
@@ -299,4 +313,15 @@ def test_the_breaker_lets_a_list_pass_in_which_some_answer(every: int) -> None:
         if n % every:
             assert breaker.silent(f"host{n}", FetchError("dead.dns", "why"), float(n), given_up=True) is None
         else:
-            breaker.answered()
+            breaker.answered(float(n))
+
+
+def test_a_burst_of_dead_names_while_the_living_wait_is_no_proof() -> None:
+    def burst(at: float) -> list[bool]:
+        breaker = Breaker()
+        breaker.answered(0.0)
+        failure = FetchError("dead.dns", "why")
+        return [breaker.silent(f"host{n}", failure, at, given_up=True) is not None for n in range(2 * WINDOW)]
+
+    assert not any(burst(at=1.0))
+    assert any(burst(at=ANSWER_S))

@@ -59,6 +59,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and str(ip) not in _METADATA
 
 
+def is_invalid(host: str) -> bool:
+    """Whether a name exists nowhere by definition (RFC 6761 §6.4), and no name server is asked for it."""
+    return f".{host.rstrip('.')}".lower().endswith(".invalid")
+
+
 @dataclass(frozen=True)
 class Known:
     """What a lookup said: addresses with their families, or why there are none."""
@@ -121,9 +126,7 @@ class Resolver(AbstractResolver):
 
     async def _look_up(self, host: str) -> Known:
         until = time.monotonic() + KEEP_S
-        name = host.rstrip(".").lower()
-        if name == "invalid" or name.endswith(".invalid"):
-            # RFC 6761 §6.4: never asked for, so that an unreachable name server cannot stall them.
+        if is_invalid(host):
             return self._remember(host, Known(until, status="dead.dns", detail=f"{host} does not exist"))
         try:
             async with asyncio.timeout(self._timeout_s):  # with the wait for a thread: a lookup not begun is dropped

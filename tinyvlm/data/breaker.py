@@ -2,7 +2,7 @@
 
     last outcomes ──▶ nearly every host silent? ── no ─▶ go on
                                │ yes: suspicion; retries wait longer, so that a short break is bridged
-                               └─ for `GRACE_S`, or many links given up ─▶ stop
+                               └─ for `GRACE_S`, or many links given up and no answer for a while ─▶ stop
 
 A host that gives no sign of life counts once, an answer counts each time, whatever it says.  So a list of dead links at
 a few hosts goes on, and one in which something still answers; a missing name server does not.
@@ -10,6 +10,7 @@ a few hosts goes on, and one in which something still answers; a missing name se
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 
 from tinyvlm.data.addresses import FetchError
@@ -23,6 +24,8 @@ MAX_ANSWERED = 0.05
 """Share of answers above which the network works."""
 GRACE_S = 15.0
 """How long a suspicion may last, and how long a link that failed under it waits before it is tried again."""
+ANSWER_S = 5.0
+"""How long an answer shows that the network works, however many links are given up."""
 SILENT = ("dead.dns", "broken.dns", "timeout.connect", "broken.network", "dead.tls")
 """Statuses that a missing network, name server or certificate store would bring about for every host."""
 
@@ -35,14 +38,16 @@ class Breaker:
         self._silent: dict[str, str] = {}  # host → status
         self._given_up: set[str] = set()
         self._since: float | None = None
+        self._answered_at = -math.inf
 
     @property
     def suspects(self) -> bool:
         """Whether nearly every host of late was silent."""
         return self._since is not None
 
-    def answered(self) -> None:
+    def answered(self, now: float) -> None:
         """Note that some host answered."""
+        self._answered_at = now
         self._remember("")
         if not self._is_silent():
             self._since = None
@@ -61,7 +66,10 @@ class Breaker:
             self._since = None
             return None
         self._since = now if self._since is None else self._since
-        if now - self._since < GRACE_S and len(self._given_up) < MIN_HOSTS:
+        # Dead names fail at once, while the links of a host that wants a pause wait: a burst of them is no proof.
+        is_long = now - self._since >= GRACE_S
+        are_many = len(self._given_up) >= MIN_HOSTS and now - self._answered_at >= ANSWER_S
+        if not is_long and not are_many:
             return None
         return NetworkError(self._sentence(failure.detail))
 

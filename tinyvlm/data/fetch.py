@@ -26,7 +26,7 @@ from yarl import URL
 
 from tinyvlm import __version__, images
 from tinyvlm.config import speed
-from tinyvlm.data.addresses import FetchError, Known, NotAsked, Resolver
+from tinyvlm.data.addresses import FetchError, Known, NotAsked, Resolver, is_invalid
 from tinyvlm.data.breaker import GRACE_S, SILENT, Breaker
 from tinyvlm.data.hosts import Hosts
 from tinyvlm.data.places import Places
@@ -175,6 +175,11 @@ class Fetcher:
         await self._session.close()
         await self._resolver.close()
 
+    @property
+    def num_places(self) -> int:
+        """How many links may be in flight now."""
+        return int(self._places.limit)
+
     async def fetch(self, url: str) -> Answer:
         """The bytes behind `url`, or why there are none.
 
@@ -259,7 +264,7 @@ class Fetcher:
         failure: FetchError | None = None
         async with self._place(name, port, first):
             answer.final_url, answer.http_status = str(target), None
-            started = time.perf_counter()
+            started, began_at = time.perf_counter(), asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(left_s):
                     return await self._hop(target, answer, take)
@@ -273,7 +278,7 @@ class Fetcher:
                 raise
             finally:
                 answer.milliseconds += (time.perf_counter() - started) * 1000
-                self._note_request(name, port, answer.http_status, failure)
+                self._note_request(name, port, answer.http_status, failure, began_at)
 
     @asynccontextmanager
     async def _place(self, name: str, port: int | None, first: bool) -> AsyncIterator[None]:
@@ -352,24 +357,28 @@ class Fetcher:
         encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
         return body[:MAX_BYTES] if encoding == "identity" else unpack(body, encoding, MAX_BYTES)
 
-    def _note_request(self, name: str, port: int | None, code: int | None, failure: FetchError | None) -> None:
+    def _note_request(
+        self, name: str, port: int | None, code: int | None, failure: FetchError | None, began_at: float
+    ) -> None:
         if code is not None:
             asked_s = failure.wait_s if failure else None
             self._hosts.answered(name, port, throttled=code in THROTTLED, asked_s=asked_s)
         elif failure is not None and failure.status.startswith(_NO_ANSWER):
-            self._hosts.failed(name, port)
+            self._hosts.failed(name, port, began_at)
         self._places.record(trouble=failure is not None and failure.status.startswith(_TROUBLE))
 
     def _note_attempt(self, answer: Answer, failure: FetchError | None, *, given_up: bool) -> None:
         """Tell the breaker; stop everybody if it says so."""
         if not self.config.circuit_breaker:
             return
+        now = asyncio.get_running_loop().time()
         if failure is None or failure.status not in SILENT:
             if failure is None or answer.http_status is not None or failure.status.startswith(_SIGNS_OF_LIFE):
-                self._breaker.answered()
+                self._breaker.answered(now)
             return
         host = URL(answer.final_url or "", encoded=True).raw_host or ""
-        now = asyncio.get_running_loop().time()
+        if is_invalid(host):  # nobody was asked
+            return
         stop = self._breaker.silent(host, failure, now, given_up=given_up)
         if stop is not None and not self._stopped:
             self._stopped = str(stop)

@@ -12,9 +12,11 @@ for longest make room for others.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tinyvlm.data.addresses import NotAsked
@@ -64,6 +66,16 @@ class _Host:
         return not self.active and not self.waiting
 
 
+@dataclass(slots=True)
+class _Door:
+    """Whether anybody answers at one port of a host.  Times are the loop's, s."""
+
+    failures: int = 0
+    """In a row."""
+    dead_until: float = 0.0
+    answered_at: float = -math.inf
+
+
 class Hosts:
     """The queues of all hosts, and what became of asking them."""
 
@@ -82,7 +94,7 @@ class Hosts:
         self._per_host, self._rate, self._backoff_s, self._max_wait_s = per_host, rate, backoff_s, max_wait_s
         self._dead_after, self._shared, self._num_workers = dead_after, frozenset(shared), num_workers
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
-        self._failures: Bounded[tuple[str, int | None], tuple[int, float]] = Bounded(MAX_HOSTS)
+        self._doors: Bounded[tuple[str, int | None], _Door] = Bounded(MAX_HOSTS)
         self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
@@ -123,26 +135,28 @@ class Hosts:
 
     def answered(self, name: str, port: int | None, *, throttled: bool, asked_s: float | None = None) -> None:
         """Note an HTTP answer.  `throttled`: 429 or 503; `asked_s`: its `Retry-After`."""
-        self._failures.pop((name, port), None)
+        self._doors[name, port] = _Door(answered_at=self._loop.time())
         host = self._get(name)
         if throttled:
             self._pause(name, host, asked_s)
         else:
             host.strikes = 0
 
-    def failed(self, name: str, port: int | None) -> None:
-        """Note that the host could not be reached or did not answer."""
+    def failed(self, name: str, port: int | None, began_at: float) -> None:
+        """Note that a request that began at `began_at` (the loop's time) got no answer of any kind."""
         now = self._loop.time()
-        count, dead_until = self._failures.get((name, port), (0, 0.0))
-        count += 1
-        if self._dead_after and count >= self._dead_after and dead_until <= now:
-            dead_until = now + DEAD_S
-        self._failures[name, port] = (count, dead_until)
-        host = self._hosts.get(name)
-        if host and dead_until > now:
-            doomed = [waiting for waiting in host.waiting if waiting[1] == port]
-            host.waiting = deque(waiting for waiting in host.waiting if waiting[1] != port)
-            _refuse_all(doomed, _dead(count))
+        door = self._doors.get((name, port)) or _Door()
+        if began_at < door.answered_at:  # others were answered meanwhile: it is the link, not the host
+            return
+        door.failures += 1
+        self._doors[name, port] = door
+        if self._dead_after and door.failures >= self._dead_after and door.dead_until <= now:
+            door.dead_until = now + DEAD_S
+            host = self._hosts.get(name)
+            if host is not None:
+                doomed = [waiting for waiting in host.waiting if waiting[1] == port]
+                host.waiting = deque(waiting for waiting in host.waiting if waiting[1] != port)
+                _refuse_all(doomed, _dead(door))
 
     def _get(self, name: str) -> _Host:
         host = self._hosts.get(name)
@@ -163,11 +177,12 @@ class Hosts:
             self._hosts.move_to_end(name)
 
     def _is_dead(self, name: str, port: int | None) -> bool:
-        return self._failures.get((name, port), (0, 0.0))[1] > self._loop.time()
+        door = self._doors.get((name, port))
+        return door is not None and door.dead_until > self._loop.time()
 
     def _refuse(self, name: str, port: int | None, host: _Host) -> None:
         if self._is_dead(name, port):
-            raise _dead(self._failures[name, port][0])
+            raise _dead(self._doors[name, port])
         left_s = host.paused_until - self._loop.time()
         if left_s > self._max_wait_s:
             raise _closed(left_s)
@@ -222,8 +237,8 @@ def _refuse_all(waiting: Iterable[tuple[asyncio.Future[None], int | None]], erro
             future.set_exception(error)
 
 
-def _dead(count: int) -> NotAsked:
-    return NotAsked("dead.host", f"not asked: its host had not answered {count} times in a row")
+def _dead(door: _Door) -> NotAsked:
+    return NotAsked("dead.host", f"not asked: its host had not answered {door.failures} times in a row")
 
 
 def _closed(left_s: float) -> NotAsked:

@@ -14,8 +14,8 @@ from aiohttp.abc import AbstractResolver
 
 from tinyvlm.errors import ConfigError
 
-KEEP_ALIVE_S = 5.0
-"""How long an idle connection waits for the next link of its host; each holds a file of the process."""
+KEEP_ALIVE_S = 2.0
+"""How long an idle connection waits for the next link of its host; each holds an open file, and most come once."""
 MAX_FILES = 65_536
 """Open files that are asked of the system: connections are files."""
 MAX_HEADER_BYTES = 32_768
