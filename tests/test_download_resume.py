@@ -59,7 +59,7 @@ def write_list(path: Path, base_url: str) -> Path:
 
 
 def download(root: Path, links: Path) -> StageRun:
-    fetch = FetchConfig(allow_hosts=("127.0.0.1",), concurrency=16, concurrency_per_host=16)
+    fetch = FetchConfig(allow_hosts=("127.0.0.1",), concurrency=16, concurrency_per_host=16, rate_per_host=0)
     stage = Download(DownloadConfig(fetch=fetch, parts_at_once=3), PictureConfig(size=32, tower_size=32), LimitConfig())
     return StageRun(stage, open_links(links, LINKS, root), root)
 

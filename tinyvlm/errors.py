@@ -5,6 +5,7 @@
     ├── InputError       a request or a conversation is wrong (carries the field)
     ├── DataError        a dataset, folder or file cannot be used
     │   └── StageError   a stage folder breaks the contract (missing, in use, rows lost)
+    ├── NetworkError     nothing answers any more: it is our network, not the links
     ├── CheckpointError  weights or a checkpoint do not fit
     └── ClusterError     Ray is absent, unreachable or too small
 
@@ -36,6 +37,10 @@ class DataError(TinyVLMError):
 
 class StageError(DataError):
     """A stage folder is missing, held by another driver, or does not account for all its rows."""
+
+
+class NetworkError(TinyVLMError):
+    """The network or the name server fails for every host; rows would be written down wrongly."""
 
 
 class CheckpointError(TinyVLMError):

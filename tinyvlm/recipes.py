@@ -152,6 +152,7 @@ def tiny() -> Recipe:
                 backoff_s=0.1,
                 concurrency=64,
                 concurrency_per_host=64,
+                rate_per_host=0,
             ),
         ),
         explore=ExploreConfig(model="toy:clip", labels="toy", template="{description}", dtype="float32"),

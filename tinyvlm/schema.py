@@ -33,6 +33,7 @@ STATUSES: dict[str, str] = {
     "broken.reset": "the connection was reset or closed early, after the last retry",
     "broken.http5xx": "a server error, after the last retry",
     "broken.dns": "the name server did not answer, after the last retry",
+    "broken.network": "no way to that address from here, after the last retry",
     "throttled": "429 or 503 after the last retry, or a longer wait asked than allowed",
     "timeout.connect": "no connection in time",
     "timeout.read": "a pause in the answer was too long",

@@ -1,6 +1,6 @@
 """Which addresses a download may speak to: public ones, and hosts that the settings name.
 
-    "http://host/…" ──check_url──▶ URL ──Resolver──▶ checked addresses ──▶ aiohttp connects to exactly these
+    "http://host/…" ──urls.check_url──▶ URL ──Resolver──▶ checked addresses ──▶ aiohttp connects to exactly these
 
 A host name is looked up once, its addresses are checked, and the connection goes to a checked address: no second lookup
 could lead elsewhere.  Each redirect passes the same gate.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import re
 import socket
 import time
 from collections.abc import Collection
@@ -18,14 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL
 
 KEEP_S = 300.0
 """How long the answer to a lookup is believed, good or bad."""
+MAX_KNOWN = 50_000
+"""Answers remembered, the newest ones."""
+MAX_ADDRESSES = 4
+"""Addresses of one host that are tried."""
 _METADATA = {"168.63.129.16"}
 """Public-looking addresses that are a cloud's own; other clouds' metadata addresses are link-local or private."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_ENDS_IN_A_NUMBER = re.compile(r"(^|\.)(\d+|0[xX][0-9a-fA-F]*)\.?$")
+# "There is no such name" and "the name has no address"; other errors are the name server's, and may pass.
+_NO_SUCH_NAME = {getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY")}
 
 
 class FetchError(Exception):
@@ -36,31 +39,8 @@ class FetchError(Exception):
         self.status, self.detail, self.transient, self.wait_s = status, detail, transient, wait_s
 
 
-def check_url(text: str, allow_hosts: Collection[str]) -> URL:
-    """The parsed address.
-
-    Raises:
-        FetchError: it is not http(s), or names a private address outright.
-    """
-    try:
-        url = URL(text.strip())
-        host = (url.host or "").lower()
-    except ValueError as error:
-        raise FetchError("bad_url", str(error)) from None
-    if url.scheme not in ("http", "https") or not host or any(letter.isspace() for letter in host):
-        raise FetchError("bad_url", "wants http:// or https:// and a host")
-    if host in allow_hosts:
-        return url
-    try:
-        public = is_public(host)
-    except ValueError:  # a name, not a number
-        # inet_aton reads 2130706433, 0x7f.1 and 127.1 as addresses; honest links write all four numbers.
-        if _ENDS_IN_A_NUMBER.search(host):
-            raise FetchError("bad_url", f"{host} is no host name") from None
-        return url
-    if not public:
-        raise FetchError("private_address", host)
-    return url
+class NotAsked(FetchError):
+    """The link's host is dead or closed to us: no request was made."""
 
 
 def is_public(address: str) -> bool:
@@ -79,6 +59,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and str(ip) not in _METADATA
 
 
+def is_invalid(host: str) -> bool:
+    """Whether a name exists nowhere by definition (RFC 6761 §6.4), and no name server is asked for it."""
+    return f".{host.rstrip('.')}".lower().endswith(".invalid")
+
+
 @dataclass(frozen=True)
 class Known:
     """What a lookup said: addresses with their families, or why there are none."""
@@ -92,8 +77,10 @@ class Known:
 class Resolver(AbstractResolver):
     """Looks host names up in threads of its own, remembers the answers in `cache`, and gives out checked addresses."""
 
-    def __init__(self, allow_hosts: Collection[str], cache: dict[str, Known], num_threads: int) -> None:
-        self._allow_hosts, self._cache = allow_hosts, cache
+    def __init__(
+        self, allow_hosts: Collection[str], cache: dict[str, Known], num_threads: int, timeout_s: float
+    ) -> None:
+        self._allow_hosts, self._cache, self._timeout_s = allow_hosts, cache, timeout_s
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="dns")
         self._running: dict[str, asyncio.Task[Known]] = {}
 
@@ -105,50 +92,65 @@ class Resolver(AbstractResolver):
         Raises:
             FetchError: `dead.dns`, `broken.dns` or `private_address`.
         """
-        known = self._cache.get(host)
-        if known is None or known.until < time.monotonic():
-            if host not in self._running:
-                task = asyncio.create_task(self._look_up(host))
-                task.add_done_callback(lambda _: self._running.pop(host, None))
-                self._running[host] = task
-            # Shielded: one impatient row must not cancel the lookup for the others.
-            known = await asyncio.shield(self._running[host])
-        if known.status:
-            raise FetchError(known.status, known.detail)
+        known = await self.look_up(host)
         tcp, flags = socket.IPPROTO_TCP, socket.AI_NUMERICHOST
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=tcp, flags=flags)
             for kind, address in known.addresses
         ]
 
+    async def look_up(self, host: str) -> Known:
+        """What is known of `host`, and a lookup if nothing is.
+
+        Raises:
+            FetchError: as for `resolve`.
+        """
+        known = self._cache.get(host)
+        if known is None or known.until < time.monotonic():
+            known = await self._shared_lookup(host)
+        if known.status:
+            raise FetchError(known.status, known.detail, transient=known.status == "broken.dns")
+        return known
+
     async def close(self) -> None:
         """Leave lookups that still hang behind."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    async def _shared_lookup(self, host: str) -> Known:
+        if host not in self._running:
+            task = asyncio.create_task(self._look_up(host))
+            task.add_done_callback(lambda _: self._running.pop(host, None))
+            self._running[host] = task
+        # Shielded: one impatient row must not cancel the lookup for the others.
+        return await asyncio.shield(self._running[host])
+
     async def _look_up(self, host: str) -> Known:
         until = time.monotonic() + KEEP_S
-        name = host.rstrip(".").lower()
-        if name == "invalid" or name.endswith(".invalid"):
-            # RFC 6761 §6.4: never asked for, so that an unreachable name server cannot stall them.
-            known = Known(until, status="dead.dns", detail=f"{host} does not exist")
-        else:
-            try:
-                loop = asyncio.get_running_loop()
-                found = await loop.run_in_executor(self._threads, _getaddrinfo, host)
-            except (OSError, UnicodeError) as error:
-                if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
-                    raise FetchError("broken.dns", f"{host}: the name server did not answer", transient=True) from None
-                known = Known(until, status="dead.dns", detail=f"{host}: {error}")
-            else:
-                known = self._checked(host, found, until)
+        if is_invalid(host):
+            return self._remember(host, Known(until, status="dead.dns", detail=f"{host} does not exist"))
+        try:
+            async with asyncio.timeout(self._timeout_s):  # with the wait for a thread: a lookup not begun is dropped
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, _getaddrinfo, host)
+        except TimeoutError:
+            return Known(0.0, status="broken.dns", detail=f"{host}: no answer in {self._timeout_s:g} s")
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, UnicodeError) or error.errno in _NO_SUCH_NAME:
+                return self._remember(host, Known(until, status="dead.dns", detail=f"{host}: {error}"))
+            return Known(0.0, status="broken.dns", detail=f"{host}: {error}")  # asked again next time
+        return self._remember(host, self._checked(host, found, until))
+
+    def _remember(self, host: str, known: Known) -> Known:
+        self._cache.pop(host, None)
         self._cache[host] = known
+        while len(self._cache) > MAX_KNOWN:
+            del self._cache[next(iter(self._cache))]
         return known
 
     def _checked(self, host: str, found: list[tuple[int, str]], until: float) -> Known:
         allowed = tuple(pair for pair in found if host in self._allow_hosts or is_public(pair[1]))
         if not allowed:
             return Known(until, status="private_address", detail=f"{host} is {found[0][1] if found else 'nowhere'}")
-        return Known(until, allowed)
+        return Known(until, allowed[:MAX_ADDRESSES])
 
 
 def _getaddrinfo(host: str) -> list[tuple[int, str]]:

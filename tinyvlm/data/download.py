@@ -22,6 +22,7 @@ from tinyvlm.data import download_report
 from tinyvlm.data.downloader import Downloader, Outcome
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.errors import ConfigError
+from tinyvlm.folders import Manifest
 from tinyvlm.journal import Journal
 from tinyvlm.stage import Stage
 
@@ -125,8 +126,15 @@ class Download(Stage):
         """One for all threads of this worker."""
         with self._lock:
             if self._running is None:
-                self._running = Downloader(self.config, self.picture, self.limits)
+                self._running = Downloader(self.config, self.picture, self.limits, self._giants(), self.num_workers)
             return self._running
+
+    def _giants(self) -> list[str]:
+        """Hosts with so many links that all workers share them."""
+        if "links" not in self.folders:
+            return []
+        found: list[str] = Manifest.read(Path(self.folders["links"])).extra.get("giants", [])
+        return found
 
     def _table(self, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
         columns: dict[str, Any] = {"duplicate_of": [None] * len(outcomes)}

@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tinyvlm import images
 from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.fetch import Answer, Fetcher
+from tinyvlm.data.session import new_event_loop
 from tinyvlm.schema import OK
 
 if TYPE_CHECKING:
@@ -55,9 +56,17 @@ Batch = list[tuple[int, Outcome]]
 class Downloader:
     """Started by the first call of `outcomes`, ended by `close`; several threads may use it at the same time."""
 
-    def __init__(self, config: DownloadConfig, picture: images.PictureConfig, limits: images.LimitConfig) -> None:
+    def __init__(
+        self,
+        config: DownloadConfig,
+        picture: images.PictureConfig,
+        limits: images.LimitConfig,
+        giants: Collection[str] = (),
+        num_workers: int = 1,
+    ) -> None:
+        """`giants`: hosts that each of `num_workers` workers asks, sharing their budget."""
         self.config = config
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._unsaved = asyncio.Semaphore(MAX_UNSAVED)
         self._keeping_up = asyncio.Event()
         self._keeping_up.set()
@@ -65,7 +74,7 @@ class Downloader:
         self._decoders = Decoders(picture, limits, config.store, config.decode_processes, config.decode_timeout_s)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._thread.start()
-        self._fetcher = Fetcher(config.fetch, limits, {})
+        self._fetcher = Fetcher(config.fetch, limits, shared_hosts=giants, num_workers=num_workers)
         self._do(self._fetcher.__aenter__())
 
     def outcomes(self, urls: Sequence[str]) -> Iterator[Batch]:

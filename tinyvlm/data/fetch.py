@@ -1,8 +1,11 @@
 """One link → bytes or a reason: deadlines, retries, redirects, limits and manners.
 
-    fetch(url): attempt ─┬─ hop ─ hop ─ … ─▶ body            each hop: address checked, a place in its host's queue
-                         └─ transient failure: wait, again    waiting takes up no place
+    fetch(url): attempt ─┬─ hop ─ hop ─ … ─▶ body        each hop: address checked (urls, addresses), robots asked
+                         │                               (robots), a place in its host's queue (hosts), then one among
+                         └─ transient failure: again     all (places); waiting for anything holds no place among all
 
+One `Fetcher` lives as long as its worker and takes millions of links.  How each ended teaches it: `hosts` which ones
+are dead or want a pause, `places` how much the machine and its network bear, `breaker` that nothing works any more.
 Nothing here decodes pictures or knows of tables; `download.py` does.
 """
 
@@ -12,33 +15,40 @@ import asyncio
 import logging
 import random
 import time
-import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Self
+from typing import Self, TypeVar
 
 import aiohttp
 from aiohttp import hdrs
-from multidict import CIMultiDictProxy
 from yarl import URL
 
 from tinyvlm import __version__, images
 from tinyvlm.config import speed
-from tinyvlm.data.addresses import FetchError, Known, Resolver, check_url
-from tinyvlm.errors import ConfigError
+from tinyvlm.data.addresses import FetchError, Known, NotAsked, Resolver, is_invalid
+from tinyvlm.data.breaker import GRACE_S, SILENT, Breaker
+from tinyvlm.data.hosts import Hosts
+from tinyvlm.data.places import Places
+from tinyvlm.data.responses import PICTURES, REDIRECTS, THROTTLED, explain, opt_out, refusal, unpack
+from tinyvlm.data.robots import MAX_BYTES, Robots
+from tinyvlm.data.session import open_session, raise_file_limit, tls_context
+from tinyvlm.data.urls import check_url, join, unescape
+from tinyvlm.errors import ConfigError, NetworkError
 from tinyvlm.schema import OK
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-REDIRECTS = {301, 302, 303, 307, 308}
-TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-THROTTLED = {429, 503}
-OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "none"}
-"""Directives of `X-Robots-Tag` that keep a picture out; "none" stands for "noindex, nofollow"."""
-AGENT = "tinyvlm"
+TICK_S = 0.25
+"""How often the event loop's lag is measured."""
+# Beginnings of statuses.  What counts towards a dead host if no HTTP answer came; a name that does not exist is not
+# among them: the DNS cache says so at once, and says more.
+_NO_ANSWER = ("dead.refused", "broken.", "timeout.")
+# What too many connections may bring about (`places`).
+_TROUBLE = ("timeout.", "broken.reset", "broken.dns", "broken.network")
+# What shows the breaker that the network works, although no HTTP answer came.
+_SIGNS_OF_LIFE = ("dead.refused", "dead.protocol", "timeout.read", "broken.reset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +59,16 @@ class FetchConfig:
     """Says who asks; add an address at which site owners reach you."""
     respect_opt_outs: bool = True
     """Leave pictures alone whose server sends `X-Robots-Tag: noai` (noimageai, noindex, …) or `tdm-reservation: 1`."""
+    respect_robots: bool = False
+    """Ask each site's robots.txt and tdmrep.json first; two more requests for each site."""
     allow_hosts: tuple[str, ...] = ()
     """Hosts that may have private addresses, as written in the links, for example 127.0.0.1."""
+    ca_file: str = ""
+    """Certificates (PEM) that are trusted besides the system's, for servers of an intranet."""
+    dns_timeout_s: float = 10.0
+    """To look a host name up, s."""
     connect_timeout_s: float = 5.0
-    """To open a connection, s."""
+    """To open a connection, encryption included, s."""
     read_timeout_s: float = 10.0
     """Between two pieces of an answer, s."""
     total_timeout_s: float = 30.0
@@ -63,12 +79,19 @@ class FetchConfig:
     """Pause after the first failed attempt, doubled after each further one, ±50 % by lot, s."""
     max_wait_s: float = 30.0
     """Longest pause; a server that asks for more (`Retry-After`) is left alone, s."""
+    dead_after: int = 5
+    """Failures in a row to get any answer from a host after which its other links are not asked for ten minutes
+    (`dead.host`); 0: always ask."""
     max_redirects: int = 5
     """Redirects followed for one link."""
     concurrency: int = speed(256)
-    """Links in flight in one worker."""
-    concurrency_per_host: int = speed(16)
-    """Links in flight at one host, in one worker."""
+    """Most links in flight in one worker; how many really are follows how well it goes."""
+    concurrency_per_host: int = speed(8)
+    """Links in flight at one host."""
+    rate_per_host: float = speed(20.0)
+    """Requests a second to one host; 0: no limit.  A page with pictures costs a host about as much a second."""
+    circuit_breaker: bool = speed(True)
+    """Stop when host after host gives no sign of life: the network is broken, not the links."""
     dns_threads: int = speed(32)
     """Name lookups at a time in one worker."""
 
@@ -76,6 +99,9 @@ class FetchConfig:
         for name in ("concurrency", "concurrency_per_host", "dns_threads", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"fetch.{name} wants at least 1, but got {getattr(self, name)}.")
+        for name in ("rate_per_host", "dead_after", "backoff_s", "max_wait_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"fetch.{name} wants 0 or more, but got {getattr(self, name)}.")
 
 
 @dataclass
@@ -97,221 +123,297 @@ class Answer:
 class Fetcher:
     """An async context manager around one session; `fetch` never raises for a bad link."""
 
-    def __init__(self, config: FetchConfig, limits: images.LimitConfig, dns_cache: dict[str, Known]) -> None:
+    def __init__(
+        self,
+        config: FetchConfig,
+        limits: images.LimitConfig,
+        dns_cache: dict[str, Known] | None = None,
+        *,
+        shared_hosts: Collection[str] = (),
+        num_workers: int = 1,
+    ) -> None:
+        """`shared_hosts`: names of hosts that all `num_workers` workers ask, each with its part of their budget.
+
+        Raises:
+            ConfigError: the file of certificates cannot be read.
+        """
         self.config, self.limits = config, limits
-        self._dns_cache = dns_cache
-        self._places = asyncio.Semaphore(config.concurrency)
-        self._places_at: dict[tuple[str | None, int | None], asyncio.Semaphore] = {}
-        self._random = random.Random()
+        self._dns_cache = {} if dns_cache is None else dns_cache
+        self._shared_hosts, self._num_workers = shared_hosts, num_workers
+        self._tls = tls_context(config.ca_file)
+        self._breaker = Breaker()
+        self._stopped = ""
+        self._tasks: set[asyncio.Task[object]] = set()
 
     async def __aenter__(self) -> Self:
         config = self.config
-        self._resolver = Resolver(config.allow_hosts, self._dns_cache, config.dns_threads)
-        connector = aiohttp.TCPConnector(resolver=self._resolver, use_dns_cache=False, limit=config.concurrency)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=config.connect_timeout_s, sock_read=config.read_timeout_s
-            ),
-            headers={
-                hdrs.USER_AGENT: config.user_agent,
-                hdrs.ACCEPT: "image/*",
-                hdrs.ACCEPT_ENCODING: "identity",
-            },
+        raise_file_limit()
+        self._hosts = Hosts(
+            per_host=config.concurrency_per_host,
+            rate=config.rate_per_host,
+            backoff_s=config.backoff_s,
+            max_wait_s=config.max_wait_s,
+            dead_after=config.dead_after,
+            shared=self._shared_hosts,
+            num_workers=self._num_workers,
         )
+        self._places = Places(config.concurrency, settle_s=config.connect_timeout_s)
+        self._robots = Robots(self._read_text) if config.respect_robots else None
+        self._resolver = Resolver(config.allow_hosts, self._dns_cache, config.dns_threads, config.dns_timeout_s)
+        self._session = open_session(
+            self._resolver,
+            self._tls,
+            user_agent=config.user_agent,
+            connect_timeout_s=config.connect_timeout_s,
+            read_timeout_s=config.read_timeout_s,
+        )
+        self._watcher = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._watcher.cancel()
         await self._session.close()
         await self._resolver.close()
 
+    @property
+    def num_places(self) -> int:
+        """How many links may be in flight now."""
+        return int(self._places.limit)
+
     async def fetch(self, url: str) -> Answer:
-        """The bytes behind `url`, or why there are none."""
+        """The bytes behind `url`, or why there are none.
+
+        Raises:
+            NetworkError: nothing answers any more; all calls that wait get it.
+        """
+        self._check_stopped()
         answer = Answer(final_url=url)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            answer.body = await self._persist(unescape(url), answer, self._take_picture, self._robots)
+        except FetchError as failure:
+            answer.status, answer.detail = failure.status, failure.detail[:200]
+        except asyncio.CancelledError:
+            if self._stopped and task.uncancel() == 0:  # by `_stop`, not by the caller
+                self._check_stopped()
+            raise
+        finally:
+            self._tasks.discard(task)
+        return answer
+
+    async def _persist(self, url: str, answer: Answer, take: _Take[T], robots: Robots | None) -> T:
+        """Attempts until one succeeds or another would not help; raises the last failure that was met."""
+        failure: FetchError | None = None
         while True:
             answer.attempts += 1
             try:
-                answer.body = await self._attempt(url, answer)
-                return answer
+                found = await self._attempt(url, answer, take, robots)
+            except NotAsked as error:
+                answer.attempts -= 1
+                failure = failure or error  # that its host died or closed meanwhile is not why this link failed
+                break
             except FetchError as error:
                 failure = error
             except Exception as error:  # a bug of ours costs a row, not the run
                 _log.exception("cannot fetch %s", url)
                 failure = FetchError("internal_error", f"{type(error).__name__}: {error}")
-            wait_s = self._wait_s(failure, answer.attempts)
-            if wait_s is None:
-                answer.status, answer.detail = failure.status, failure.detail[:200]
-                return answer
-            await asyncio.sleep(wait_s)
+            else:
+                self._note_attempt(answer, None, given_up=False)
+                return found
+            given_up = not failure.transient or answer.attempts >= self.config.max_attempts
+            self._note_attempt(answer, failure, given_up=given_up)
+            if given_up:
+                break
+            if failure.status != "throttled":  # those wait in their host's queue until its pause is over
+                await asyncio.sleep(self._pause_s(answer.attempts))
+        raise failure
 
-    def _wait_s(self, failure: FetchError, attempts: int) -> float | None:
-        """How long to wait before the next attempt; None: give up."""
-        if not failure.transient or attempts >= self.config.max_attempts:
-            return None
-        lot = self._random.uniform(0.5, 1.5)
-        pause_s = min(self.config.max_wait_s, self.config.backoff_s * 2.0 ** (attempts - 1) * lot)
-        if failure.wait_s is None:
-            return pause_s
-        return max(failure.wait_s, pause_s) if failure.wait_s <= self.config.max_wait_s else None
+    def _pause_s(self, attempts: int) -> float:
+        if self._breaker.suspects:
+            return GRACE_S
+        return min(self.config.max_wait_s, self.config.backoff_s * 2.0 ** (attempts - 1) * random.uniform(0.5, 1.5))
 
-    async def _attempt(self, url: str, answer: Answer) -> bytes:
-        """Follow `url` to its body, noting in `answer` what was met."""
+    async def _attempt(self, url: str, answer: Answer, take: _Take[T], robots: Robots | None) -> T:
+        """Follow `url` to its end, noting in `answer` what was met."""
         left_s = self.config.total_timeout_s
+        first = answer.attempts > 1  # who has begun goes before those who have not
         seen: set[str] = set()
         while True:
-            answer.final_url, answer.http_status = url, None
+            answer.final_url = url
             target = check_url(url, self.config.allow_hosts)
-            seen.add(str(target))
-            async with self._place(target):
-                started = time.perf_counter()
-                try:
-                    async with asyncio.timeout(left_s):
-                        found = await self._hop(target, answer)
-                except TimeoutError:
-                    detail = f"not done after {self.config.total_timeout_s:g} s"
-                    raise FetchError("timeout.total", detail, transient=True) from None
-                finally:
-                    took_s = time.perf_counter() - started
-                    answer.milliseconds += took_s * 1000
-            if isinstance(found, bytes):
-                return found
-            left_s -= took_s
-            url = str(found)
+            url = str(target)
             if url in seen:
                 raise FetchError("dead.redirects", "redirects in a circle")
             if len(seen) > self.config.max_redirects:
                 raise FetchError("dead.redirects", f"more than {self.config.max_redirects}")
+            seen.add(url)
+            if robots is not None:
+                await robots.check(target)
+            before_ms = answer.milliseconds
+            found = await self._ask(target, answer, take, left_s, first)
+            if not isinstance(found, _Elsewhere):
+                return found
+            url, first = found.url, True
+            left_s -= (answer.milliseconds - before_ms) / 1000
+
+    async def _ask(self, target: URL, answer: Answer, take: _Take[T], left_s: float, first: bool) -> T | _Elsewhere:
+        """One request in its turn; what came of it is remembered."""
+        name, port = target.raw_host or "", target.port
+        failure: FetchError | None = None
+        async with self._place(name, port, first):
+            answer.final_url, answer.http_status = str(target), None
+            started, began_at = time.perf_counter(), asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(left_s):
+                    return await self._hop(target, answer, take)
+            except TimeoutError:
+                failure = FetchError(
+                    "timeout.total", f"not done after {self.config.total_timeout_s:g} s", transient=True
+                )
+                raise failure from None
+            except FetchError as error:
+                failure = error
+                raise
+            finally:
+                answer.milliseconds += (time.perf_counter() - started) * 1000
+                self._note_request(name, port, answer.http_status, failure, began_at)
 
     @asynccontextmanager
-    async def _place(self, target: URL) -> AsyncIterator[None]:
-        """A place in the host's queue, then one among all: a slow host must not hold places that others could use."""
-        place = (target.host, target.port)
-        at_host = self._places_at.setdefault(place, asyncio.Semaphore(self.config.concurrency_per_host))
-        async with at_host, self._places:
-            yield
+    async def _place(self, name: str, port: int | None, first: bool) -> AsyncIterator[None]:
+        """A place at the host, then one among all: a slow host must not hold places that others could use."""
+        while True:
+            await self._hosts.enter(name, port, first=first)
+            try:
+                await self._places.enter(first=first)
+            except BaseException:
+                self._hosts.leave(name)
+                raise
+            try:
+                if self._hosts.may_ask(name, port):
+                    yield
+                    return
+            finally:
+                self._places.leave()
+                self._hosts.leave(name)
+            first = True  # the host was paused or died while this one waited for a place among all
 
-    async def _hop(self, target: URL, answer: Answer) -> bytes | URL:
-        """One request: the body, or where it points to instead."""
+    async def _hop(self, target: URL, answer: Answer, take: _Take[T]) -> T | _Elsewhere:
+        host = target.raw_host or ""
+        if ":" not in host and not host.replace(".", "").isdigit():
+            await self._resolver.look_up(host)  # has a deadline of its own; the connection finds the answer
         try:
             async with self._session.get(target, allow_redirects=False) as response:
                 answer.http_status = response.status
-                if response.status in REDIRECTS:
-                    return _location(response)
-                self._check_status(response)
-                self._check_opt_out(response.headers)
-                return await self._read(response)
+                location = response.headers.get(hdrs.LOCATION) if response.status in REDIRECTS else None
+                if location is not None:
+                    return _Elsewhere(_join(target, location))
+                return await take(response)
         except aiohttp.ClientError as error:
-            raise _explain(error) from None
+            raise explain(error) from None
 
-    def _check_status(self, response: aiohttp.ClientResponse) -> None:
-        code = response.status
-        if code == 200:
-            return
-        status = _status_of(code)
-        wait_s = _retry_after_s(response.headers.get(hdrs.RETRY_AFTER)) if code in TRANSIENT else None
-        raise FetchError(status, f"HTTP {code}", transient=code in TRANSIENT, wait_s=wait_s)
-
-    def _check_opt_out(self, headers: CIMultiDictProxy[str]) -> None:
-        if not self.config.respect_opt_outs:
-            return
-        for line in headers.getall("X-Robots-Tag", []):
-            agent, colon, rules = line.lower().rpartition(":")
-            if colon and agent.strip() not in (AGENT, "*"):
-                continue  # meant for another robot
-            found = OPT_OUTS & {rule.strip() for rule in rules.split(",")}
-            if found:
-                raise FetchError("optout.header", f"X-Robots-Tag: {min(found)}")
-        if headers.get("tdm-reservation", "").strip() == "1":
-            raise FetchError("optout.tdm", "tdm-reservation: 1")
-
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """The body, given up as soon as it is too long or cannot be a picture."""
+    async def _take_picture(self, response: aiohttp.ClientResponse) -> bytes:
+        if response.status not in PICTURES:
+            raise refusal(response.status, response.headers.get(hdrs.RETRY_AFTER))
+        if self.config.respect_opt_outs and (refused := opt_out(response.headers)):
+            raise refused
         most = self.limits.max_bytes
         if (response.content_length or 0) > most:
             raise FetchError("too_large", f"{response.content_length} bytes announced, {most} allowed")
-        encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
-        body = bytearray()
+        encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+        pieces: list[bytes] = []
+        num_bytes = 0
         sniffed = encoding != "identity"
         async for piece in response.content.iter_any():
-            body += piece
-            if len(body) > most:
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > most:
                 raise FetchError("too_large", f"more than {most} bytes")
-            if not sniffed and len(body) >= images.SIGNATURE_BYTES:
+            if not sniffed and num_bytes >= images.SIGNATURE_BYTES:
                 sniffed = True
-                if images.sniff(bytes(body[: images.SIGNATURE_BYTES])) is None:
-                    raise FetchError("not_image", f"{response.content_type}, begins with {bytes(body[:12])!r}")
-        if not body:
+                first_bytes = b"".join(pieces)[: images.SIGNATURE_BYTES]
+                if images.sniff(first_bytes) is None:
+                    raise FetchError("not_image", f"{response.content_type}, begins with {first_bytes[:12]!r}")
+        if not num_bytes:
             raise FetchError("not_image", "empty answer")
-        return bytes(body) if encoding == "identity" else _unpack(bytes(body), encoding, most)
+        body = b"".join(pieces)
+        return body if encoding == "identity" else unpack(body, encoding, most)
+
+    async def _read_text(self, url: str) -> bytes:
+        """What `robots` reads."""
+        return await self._persist(url, Answer(), self._take_text, None)
+
+    async def _take_text(self, response: aiohttp.ClientResponse) -> bytes:
+        """RFC 9309 §2.3.1: 4xx means that there is none; that 429 is no answer to the question is our reading."""
+        code = response.status
+        if code == 429 or code >= 500:
+            raise refusal(code, response.headers.get(hdrs.RETRY_AFTER))
+        if not 200 <= code < 300:
+            return b""
+        body = await response.content.read(0)
+        while len(body) < MAX_BYTES and (piece := await response.content.readany()):
+            body += piece
+        encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+        return body[:MAX_BYTES] if encoding == "identity" else unpack(body, encoding, MAX_BYTES)
+
+    def _note_request(
+        self, name: str, port: int | None, code: int | None, failure: FetchError | None, began_at: float
+    ) -> None:
+        if code is not None:
+            asked_s = failure.wait_s if failure else None
+            self._hosts.answered(name, port, throttled=code in THROTTLED, asked_s=asked_s)
+        elif failure is not None and failure.status.startswith(_NO_ANSWER):
+            self._hosts.failed(name, port, began_at)
+        self._places.record(trouble=failure is not None and failure.status.startswith(_TROUBLE))
+
+    def _note_attempt(self, answer: Answer, failure: FetchError | None, *, given_up: bool) -> None:
+        """Tell the breaker; stop everybody if it says so."""
+        if not self.config.circuit_breaker:
+            return
+        now = asyncio.get_running_loop().time()
+        if failure is None or failure.status not in SILENT:
+            if failure is None or answer.http_status is not None or failure.status.startswith(_SIGNS_OF_LIFE):
+                self._breaker.answered(now)
+            return
+        host = URL(answer.final_url or "", encoded=True).raw_host or ""
+        if is_invalid(host):  # nobody was asked
+            return
+        stop = self._breaker.silent(host, failure, now, given_up=given_up)
+        if stop is not None and not self._stopped:
+            self._stopped = str(stop)
+            for task in self._tasks - {asyncio.current_task()}:
+                task.cancel()
+        self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        if self._stopped:
+            raise NetworkError(self._stopped)
+
+    async def _watch(self) -> None:
+        """Measure how late the loop comes, and let `places` follow."""
+        loop = asyncio.get_running_loop()
+        while True:
+            lag_s = 0.0
+            for _ in range(4):
+                due = loop.time() + TICK_S
+                await asyncio.sleep(TICK_S)
+                lag_s += (loop.time() - due) / 4
+            self._places.adapt(loop.time(), lag_s)
 
 
-def _status_of(code: int) -> str:
-    """Our status for an HTTP status that brings no picture."""
-    if code in THROTTLED:
-        return "throttled"
-    if code in (404, 410):
-        return "dead.http404"
-    if code in (401, 403, 451):
-        return f"blocked.{code}"
-    return "broken.http5xx" if code >= 500 else "dead.http"
+@dataclass(frozen=True)
+class _Elsewhere:
+    """Where a redirect leads."""
+
+    url: str
 
 
-def _location(response: aiohttp.ClientResponse) -> URL:
-    location = response.headers.get(hdrs.LOCATION)
-    if not location:
-        raise FetchError("dead.http", f"HTTP {response.status} without a Location")
+_Take = Callable[[aiohttp.ClientResponse], Awaitable[T]]
+
+
+def _join(base: URL, location: str) -> str:
     try:
-        return response.url.join(URL(location)).with_fragment(None)
+        return join(base, location)
     except ValueError as error:
         raise FetchError("bad_url", f"redirected to {location[:80]!r}: {error}") from None
-
-
-def _explain(error: aiohttp.ClientError) -> FetchError:
-    """What aiohttp met, in our statuses."""
-    detail = str(error) or type(error).__name__
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return FetchError("timeout.connect", "no connection in time", transient=True)
-    if isinstance(error, aiohttp.ServerTimeoutError):
-        return FetchError("timeout.read", "no answer in time", transient=True)
-    if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
-        return FetchError("dead.tls", f"TLS: {detail}")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        if isinstance(error.os_error, ConnectionRefusedError):
-            return FetchError("dead.refused", "refused")
-        return FetchError("broken.reset", detail, transient=True)
-    if isinstance(error, aiohttp.InvalidURL):
-        return FetchError("bad_url", detail)
-    if isinstance(error, aiohttp.ClientResponseError):
-        return FetchError("dead.protocol", f"the answer is not HTTP: {error.message}")
-    return FetchError("broken.reset", detail, transient=True)
-
-
-def _retry_after_s(text: str | None) -> float | None:
-    """`Retry-After` as seconds from now; it may hold a number or a date."""
-    if text is None:
-        return None
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-
-
-def _unpack(body: bytes, encoding: str, most: int) -> bytes:
-    """Undo a packing that we did not ask for, never beyond `most` bytes."""
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise FetchError("not_image", f"packed as {encoding}, which we did not ask for")
-    unpacker = zlib.decompressobj(wbits=47 if encoding != "deflate" else 15)
-    try:
-        plain = unpacker.decompress(body, most + 1)
-    except zlib.error as error:
-        raise FetchError("corrupt", f"{encoding}: {error}") from None
-    if len(plain) > most:
-        raise FetchError("too_large", f"more than {most} bytes unpacked")
-    return plain
