@@ -18,7 +18,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("errors",)],
     [("config",), ("schema",)],
     [
-        ("stage", "stage_run", "contract", "folders", "journal", "lease", "report", "charts"),
+        ("stage", "stage_run", "contract", "folders", "storage", "journal", "lease", "report", "charts"),
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths",)),
     ],
     [("model",)],

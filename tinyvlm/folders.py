@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
+import re
 import shutil
 import subprocess
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyvlm import config as settings
-from tinyvlm import schema
+from tinyvlm import schema, storage
 from tinyvlm.errors import DataError, StageError
+from tinyvlm.lease import STALE_S, Lease
 
 MIN_FREE_BYTES = 256 * 1024**2
 """A stage does not start on a disk with less than this."""
+_PART = re.compile(r"part-(\d+)(?:\.g(\d+))?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Part:
     """0, or which retry of some rows this is (see retry.py)."""
     previous: str = ""
     """Name of the data file that a retry starts from."""
+    made_of: str = ""
+    """Fingerprint of that file and of what is tried again: what another retry left behind does not count."""
 
     @property
     def file_name(self) -> str:
@@ -114,14 +118,13 @@ class Manifest:
     @property
     def parts(self) -> dict[int, str]:
         """Index of each part → name of the data file that holds it."""
-        names = (name for name in self.files if name.startswith("part-"))
-        return {int(name.removeprefix("part-").split(".")[0]): name for name in sorted(names)}
+        return newest(self.files)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises StageError when `folder` is not a finished stage folder."""
         try:
-            return cls(**json.loads((folder / "manifest.json").read_text()))
+            return cls(**json.loads(storage.read(folder / "manifest.json")))
         except (FileNotFoundError, NotADirectoryError):
             raise StageError(f"{folder} is not a finished stage folder: it has no manifest.json.") from None
         except (ValueError, TypeError, OSError) as error:
@@ -131,14 +134,20 @@ class Manifest:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write under another name, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace a file as a whole (see storage.py)."""
+    storage.write_atomic(path, content)
+
+
+def part_of(name: str) -> tuple[int, int] | None:
+    """Index and generation that the name of a data file tells; None for other files."""
+    found = _PART.fullmatch(name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def newest(names: Iterable[str]) -> dict[int, str]:
+    """Index of each part → the data file of its newest generation."""
+    known = [(part, name) for name in names if (part := part_of(name))]
+    return {index: name for (index, _), name in sorted(known)}
 
 
 def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
@@ -177,7 +186,7 @@ def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
 
 def _pointed(root: Path, stage_name: str) -> Path | None:
     try:
-        return root / str(json.loads((root / "latest" / f"{stage_name}.json").read_text())["folder"])
+        return root / str(json.loads(storage.read(root / "latest" / f"{stage_name}.json"))["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # no pointer, or a damaged one: the folders themselves decide
 
@@ -196,6 +205,7 @@ def close_folder(folder: Path, manifest: Manifest, statistics: dict[str, Any]) -
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """From now on the folder is what this manifest says."""
+    storage.settle(folder / "data")
     write_atomic(folder / "manifest.json", json.dumps(settings.to_dict(manifest), indent=2))
 
 
@@ -211,7 +221,7 @@ def part_paths(folder: Path) -> list[Path]:
     """The data files of a stage folder in the order of their parts: those of the manifest, else all finished ones."""
     if (folder / "manifest.json").is_file():
         return [folder / "data" / name for _, name in sorted(Manifest.read(folder).parts.items())]
-    return sorted((folder / "data").glob("part-*.parquet"))
+    return [folder / "data" / name for _, name in sorted(newest(storage.sizes(folder / "data")).items())]
 
 
 def require_space(root: Path, num_bytes: int, writer: str) -> None:
@@ -252,23 +262,29 @@ def scan(folder: Path, columns: Sequence[str], *, only_ok: bool = False) -> Iter
 
 
 def describe_part(path: Path) -> dict[str, Any]:
-    """A data file's entry in the manifest.
+    """A data file's entry in the manifest (see `describe`)."""
+    with storage.mapped(path) as content:
+        return describe(content)
+
+
+def describe(content: Any) -> dict[str, Any]:
+    """The entry in the manifest of a data file with this content, a buffer.
 
     `sha256` is of the whole file.  `content` leaves out the measured columns, so two runs that differ in nothing else
     have it in common: it is taken over the stored bytes of the other columns, which depend on the rows alone.
     """
-    metadata = pq.read_metadata(path)
+    metadata = pq.read_metadata(pa.BufferReader(content))
     measured = schema.measured_columns(metadata.schema.to_arrow_schema())
-    content = hashlib.sha256()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        whole = hashlib.sha256(data).hexdigest()
+    rows = hashlib.sha256()
+    with memoryview(content) as view:
         for group in range(metadata.num_row_groups):
             for index in range(metadata.num_columns):
                 chunk = metadata.row_group(group).column(index)
                 if chunk.path_in_schema.split(".")[0] not in measured:
                     first = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
-                    content.update(data[first : first + chunk.total_compressed_size])
-    return {"rows": metadata.num_rows, "bytes": path.stat().st_size, "sha256": whole, "content": content.hexdigest()}
+                    rows.update(view[first : first + chunk.total_compressed_size])
+        whole = hashlib.sha256(view).hexdigest()
+        return {"rows": metadata.num_rows, "bytes": len(view), "sha256": whole, "content": rows.hexdigest()}
 
 
 def verify(folder: Path) -> list[str]:
@@ -299,22 +315,44 @@ def discard_damaged(folder: Path) -> list[str]:
     The same command then does those parts again, and no others.
 
     Raises:
-        DataError: the folder is not finished.
+        DataError: the folder is not finished, or a driver works in it.
     """
     damaged = [problem.split(" ")[0] for problem in verify(folder)]
     if not damaged:
         return []
-    for name in damaged:
-        (folder / name if "/" in name else folder / "data" / name).unlink(missing_ok=True)
-    for index, name in Manifest.read(folder).parts.items():
-        first = folder / "data" / Part(index, "", 0, 0).file_name
-        # Without a manifest the first generation counts: it must be neither an older one nor be there at all.
-        if name in damaged:
-            first.unlink(missing_ok=True)
-        elif name != first.name:
-            os.replace(folder / "data" / name, first)
-    (folder / "manifest.json").unlink()
+    with Lease.take(folder):
+        # Without a manifest the newest generation of a part counts: there must be none left of these.
+        indices = {part[0] for name in damaged if (part := part_of(name))}
+        for name in storage.sizes(folder / "data"):
+            part = part_of(name)
+            if part and part[0] in indices:
+                storage.remove(folder / "data" / name)
+        for name in damaged:
+            storage.remove(folder / name if "/" in name else folder / "data" / name)
+        # Last, so that a folder that lacks them is not taken for one that was merely interrupted.
+        storage.remove(folder / "manifest.json")
     return damaged
+
+
+def tidy(folder: Path) -> list[Path]:
+    """Remove half-written files that killed workers left; a lease file in the making may be another driver's."""
+    left = [
+        place / entry.name
+        for place in (folder, folder / "data")
+        for entry in storage.entries(place)
+        if entry.name.startswith(".") and entry.name.endswith(".tmp")
+    ]
+    left = [path for path in left if not path.name.startswith(".lease") or _is_old(path)]
+    for path in left:
+        storage.remove(path)
+    return left
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - storage.modified(path) > STALE_S
+    except FileNotFoundError:
+        return False
 
 
 def clean(folder: Path) -> list[Path]:
@@ -323,18 +361,17 @@ def clean(folder: Path) -> list[Path]:
     Raises:
         DataError: the folder is not finished, or a driver works in it.
     """
-    from tinyvlm.lease import Lease
-
-    manifest = Manifest.read(folder)
     with Lease.take(folder):
-        left = [path for path in (folder / "data").iterdir() if path.name not in manifest.files]
-        left += folder.glob(".*.tmp")
+        manifest = Manifest.read(folder)
+        left = [folder / "data" / entry.name for entry in storage.entries(folder / "data")]
+        left = [path for path in left if path.name not in manifest.files]
+        pointers, pointer = folder.parent / "latest", f".{manifest.stage}.json."
+        left += [
+            pointers / name for name in storage.sizes(pointers) if name.startswith(pointer) and _is_old(pointers / name)
+        ]
         for path in left:
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.name.startswith(".lease."):
-                path.unlink(missing_ok=True)
-    return left
+            storage.remove(path)
+        return left + tidy(folder)
 
 
 def git_commit() -> str | None:

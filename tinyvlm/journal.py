@@ -1,6 +1,6 @@
 """Outcomes of a part that is not finished yet, kept as they come: so a crash costs little, however long a part takes.
 
-    rows ─▶ outcomes, a few at a time ─▶ data/.part-00007.journal/<name>.arrow   (temp + rename)
+    rows ─▶ outcomes, a few at a time ─▶ data/.part-00007.journal/<name>.arrow   (each whole or not there)
                                                     │ all there
                                data/part-00007.parquet ◀─┘  then the journal is removed
 
@@ -9,13 +9,14 @@ Only stages whose rows cost more than computing (a request to somebody's server)
 
 from __future__ import annotations
 
-import os
-import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+
+from tinyvlm import storage
 
 SUFFIX = ".journal"
 
@@ -30,10 +31,11 @@ class Journal:
     def read(self) -> pa.Table:
         """What earlier tries kept, each key once, in no particular order; damaged files count as not there."""
         tables = [self.schema.empty_table()]
-        for path in sorted(self.folder.glob("*.arrow")):
+        for name in storage.sizes(self.folder):
+            if not name.endswith(".arrow"):
+                continue
             try:
-                with pa.OSFile(str(path)) as file:
-                    table = pa.ipc.open_file(file).read_all()
+                table = pa.ipc.open_file(pa.py_buffer(storage.read(self.folder / name))).read_all()
             except (OSError, pa.ArrowInvalid):
                 continue
             if table.schema.equals(self.schema):
@@ -47,14 +49,15 @@ class Journal:
         """Keep some outcomes.  Not flushed to disk: a killed process loses nothing, a lost machine may."""
         if not rows.num_rows:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        temporary = self.folder / f".{name}.tmp"
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, self.schema) as writer:
+        content = pa.BufferOutputStream()
+        with pa.ipc.new_file(content, self.schema) as writer:
             writer.write_table(rows)
-        self._may_write()
-        os.replace(temporary, self.folder / f"{name}.arrow")
+        with storage.Draft(self.folder / f"{uuid.uuid4().hex}.arrow", sync=False) as draft:
+            draft.write(content.getvalue())
+            self._may_write()
+            draft.publish()
 
     def remove(self) -> None:
         """The part is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # `clean` comes after us
+            storage.remove(self.folder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import uuid
@@ -23,10 +24,12 @@ from typing import Any, Self
 
 import psutil
 
+from tinyvlm import storage
 from tinyvlm.errors import StageError
 
 RENEW_S = 5.0
 STALE_S = 30.0
+_NAME = re.compile(r"lease-(\d+)\.json")
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,6 @@ class Lease:
             StageError: another living driver holds it, or the folder cannot be written.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             last = _last_number(folder)
             if last:
                 _refuse_if_held(folder, last)
@@ -74,38 +76,38 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if _last_number(self.folder) == self.number:
-            self._write(free=True)
+        try:
+            if _last_number(self.folder) == self.number:
+                self._write(free=True)
+        except OSError as problem:  # the work is done, or its own error is the news; this process ends soon
+            log.warning("the lease of %s was not given back: %s", self.folder, problem)
 
     def _claim(self) -> Lease:
         """Of two drivers that want the same number one creates its file; a number that is already past is given up."""
         mine = _file(self.folder, self.number)
         try:
-            with mine.open("x") as file:
-                file.write(self._content(free=False))
+            storage.create(mine, self._content(free=False))
         except FileExistsError:
             raise StageError(f"{self.folder} is being taken by another driver at this moment; run again.") from None
         if _last_number(self.folder) != self.number:
-            mine.unlink(missing_ok=True)
+            storage.remove(mine)
             raise StageError(f"{self.folder} was taken by another driver at this moment; run again.")
-        for old in self.folder.glob("lease-*.json"):
-            if old != mine and _number(old) < self.number:
-                old.unlink(missing_ok=True)
+        for number in _numbers(self.folder):
+            if number < self.number:
+                storage.remove(_file(self.folder, number))
         return self
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
-            if _last_number(self.folder) != self.number:
-                return
             try:
+                if _last_number(self.folder) != self.number:
+                    return
                 self._write(free=False)
             except OSError as error:  # a full disk or a lost mount: the next round may do better
                 log.warning("the lease of %s was not renewed: %s", self.folder, error)
 
     def _write(self, *, free: bool) -> None:
-        temporary = self.folder / f".lease.{uuid.uuid4().hex}.tmp"
-        temporary.write_text(self._content(free=free))
-        os.replace(temporary, _file(self.folder, self.number))
+        storage.write_atomic(_file(self.folder, self.number), self._content(free=free))
 
     def _content(self, *, free: bool) -> str:
         return json.dumps({"number": self.number, "host": _host(), "pid": os.getpid(), "free": free})
@@ -115,13 +117,12 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"lease-{number:06d}.json"
 
 
-def _number(path: Path) -> int:
-    digits = path.stem.removeprefix("lease-")
-    return int(digits) if digits.isdecimal() else 0
+def _numbers(folder: Path) -> list[int]:
+    return [int(found[1]) for found in map(_NAME.fullmatch, storage.sizes(folder)) if found]
 
 
 def _last_number(folder: Path) -> int:
-    return max(map(_number, folder.glob("lease-*.json")), default=0)
+    return max(_numbers(folder), default=0)
 
 
 def _refuse_if_held(folder: Path, number: int) -> None:
@@ -130,10 +131,10 @@ def _refuse_if_held(folder: Path, number: int) -> None:
     if age_s is None or age_s > STALE_S:
         return
     try:
-        held: dict[str, Any] = json.loads(path.read_text())
+        held: dict[str, Any] = json.loads(storage.read(path))
     except FileNotFoundError:
         return
-    except json.JSONDecodeError:  # created a moment ago and not filled yet, or left so by a crash: its age decides
+    except ValueError:  # created a moment ago and not filled yet, or left so by a crash: its age decides
         held = {"free": False, "host": "an unknown host", "pid": "?"}
     if held["free"] or (held["host"] == _host() and not _is_running(int(held["pid"]))):
         return
@@ -146,13 +147,13 @@ def _refuse_if_held(folder: Path, number: int) -> None:
 def _age_s(folder: Path, path: Path) -> float | None:
     """Seconds since `path` was written; None when it is gone, that is, when the lease has moved on."""
     probe = folder / f".lease.{uuid.uuid4().hex}.tmp"
+    storage.touch(probe)
     try:
-        with probe.open("x") as file:
-            return os.fstat(file.fileno()).st_mtime - path.stat().st_mtime
+        return storage.modified(probe) - storage.modified(path)
     except FileNotFoundError:
         return None
     finally:
-        probe.unlink(missing_ok=True)
+        storage.remove(probe)
 
 
 def _host() -> str:

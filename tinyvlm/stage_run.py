@@ -13,9 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -31,7 +29,7 @@ import pyarrow.parquet as pq
 
 import tinyvlm
 from tinyvlm import config as settings
-from tinyvlm import schema
+from tinyvlm import schema, storage
 from tinyvlm.contract import check_counts, check_rows
 from tinyvlm.errors import ConfigError, DataError, StageError, TinyVLMError
 from tinyvlm.folders import (
@@ -40,17 +38,20 @@ from tinyvlm.folders import (
     Part,
     PartResult,
     close_folder,
+    describe,
     describe_part,
     git_commit,
+    part_of,
     point_latest,
     read_rows,
     require_space,
     scan,
+    tidy,
     write_manifest,
     write_report,
 )
 from tinyvlm.journal import SUFFIX, Journal
-from tinyvlm.lease import STALE_S, Lease
+from tinyvlm.lease import Lease
 from tinyvlm.stage import Stage
 
 FOOTER = b"tinyvlm"
@@ -96,9 +97,13 @@ class StageRun:
     def todo(self) -> tuple[list[Part], list[PartResult]]:
         """Parts still to do, and the results of those that are done."""
         parts, done = self._plan()
+        written = self._written()
         todo: list[Part] = []
         for part in parts:
-            result = self._read_result(part)
+            names = written.get(part.index, [])
+            if part.previous:  # of a retry, what it has made itself, and not what another one left
+                names = [name for name in names if part_of(name) == (part.index, part.generation)]
+            result = next(filter(None, (self._read_result(part, name) for name in names)), None)
             if result is None:
                 todo.append(part)
             else:
@@ -106,8 +111,8 @@ class StageRun:
         return todo, done
 
     def _plan(self) -> tuple[list[Part], list[PartResult]]:
-        """The parts of this run, and the results of those that a retry leaves as they are."""
-        if not self.retry or not (self.folder / "manifest.json").is_file():
+        """The parts of this run, and the results of those that a finished folder keeps as they are."""
+        if not (self.folder / "manifest.json").is_file():
             return list(self.source.parts), []
         manifest = Manifest.read(self.folder)
         parts: list[Part] = []
@@ -117,10 +122,20 @@ class StageRun:
             if result is None:
                 raise StageError(f"{self.folder} is damaged; see `tinyvlm verify {self.folder}`.")
             if set(self.retry) & set(result.counts):
-                parts.append(replace(part, generation=manifest.generation + 1, previous=result.name))
+                made_of = settings.fingerprint([manifest.files[result.name]["sha256"], sorted(self.retry)])
+                number = manifest.generation + 1
+                parts.append(replace(part, generation=number, previous=result.name, made_of=made_of))
             else:
                 kept.append(result)
         return parts, kept
+
+    def _written(self) -> dict[int, list[str]]:
+        """Index of each part → the data files that are there, the newest generation first."""
+        written: dict[int, list[str]] = {}
+        known = [(part, name) for name in storage.sizes(self.folder / "data") if (part := part_of(name))]
+        for (index, _), name in sorted(known, reverse=True):
+            written.setdefault(index, []).append(name)
+        return written
 
     def check(self) -> None:
         """Everything that can be known to fail before the first byte is written.
@@ -147,7 +162,7 @@ class StageRun:
         with Lease.take(self.folder) as lease:
             if self.is_finished:  # by another driver, since we looked
                 return self.finished_manifest()
-            self._tidy()
+            tidy(self.folder)
             todo, results = self.todo()
             if results:
                 log.info("%s continues: %d of %d parts are done", self.stage.name, len(results), len(self.source.parts))
@@ -187,6 +202,8 @@ class StageRun:
         by_index = {result.index: result for result in results}
         before = Manifest.read(self.folder).generation if (self.folder / "manifest.json").is_file() else None
         counts, files = self._account(by_index)
+        # After `discard_damaged` files of several generations may come together in a new manifest.
+        newest_file = max((part[1] for name in files if (part := part_of(name))), default=0)
         manifest = Manifest(
             stage=self.stage.name,
             version=self.stage.version,
@@ -201,10 +218,10 @@ class StageRun:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             tinyvlm_version=tinyvlm.__version__,
             git_commit=git_commit(),
-            generation=0 if before is None else before + 1,
+            generation=newest_file if before is None else before + 1,
             extra=extra or {},
         )
-        self._tidy()
+        tidy(self.folder)
         if lease_number is not None:
             Lease.check(self.folder, lease_number)
         if before is None:
@@ -231,7 +248,7 @@ class StageRun:
     def _refresh_report(self, manifest: Manifest) -> None:
         """Write stats.json and report.html where they are not there, or of an earlier generation."""
         try:
-            shown = json.loads((self.folder / "stats.json").read_text()).get("generation", 0)
+            shown = json.loads(storage.read(self.folder / "stats.json")).get("generation", 0)
         except (OSError, ValueError):
             shown = None
         if shown != manifest.generation:
@@ -256,26 +273,23 @@ class StageRun:
         journal = Journal(self.folder / "data" / f".{part.file_name}{SUFFIX}", self.stage.writes, may_write)
         out = self._map(part, rows, journal)
         counts = check_rows(self.stage, part.index, rows, out)
-        footer = {FOOTER: json.dumps({"counts": counts, "rows_in": rows.num_rows}).encode()}
+        about = {"counts": counts, "rows_in": rows.num_rows, **({"made_of": part.made_of} if part.made_of else {})}
+        footer = {FOOTER: json.dumps(about).encode()}
         # The stage's own schema, for the marks on its columns; one chunk a column, so that equal rows are equal bytes.
         out = pa.Table.from_arrays(out.columns, schema=self.stage.writes.with_metadata(footer)).combine_chunks()
-        path = self.folder / "data" / part.file_name
-        temporary = path.with_name(f".{part.file_name}.{uuid.uuid4().hex}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with storage.Draft(self.folder / "data" / part.file_name) as draft:
             # Small pages: a few pictures out of a row group should not cost all of it.
-            pq.write_table(out, temporary, compression="zstd", row_group_size=1024, write_batch_size=32)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            described = describe_part(temporary)
+            draft.write_table(out, compression="zstd", row_group_size=1024, write_batch_size=32)
+            with draft.content() as content:
+                described = describe(content)
             # Between this check and the rename a new holder may appear; it then finds a whole and equal part.
             may_write()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            draft.publish()
         journal.remove()
         seconds = time.perf_counter() - started
-        return PartResult(part.index, rows.num_rows, counts, described["bytes"], seconds, path.name, file=described)
+        return PartResult(
+            part.index, rows.num_rows, counts, described["bytes"], seconds, draft.path.name, file=described
+        )
 
     def _map(self, part: Part, rows: pa.Table, journal: Journal) -> pa.Table:
         """All rows of a part through the stage; of a retry only those with the wanted statuses, in their old places."""
@@ -306,13 +320,14 @@ class StageRun:
             raise StageError(f"{name} has no result for parts {missing[:10]}; run the same command again.")
         counts: Counter[str] = Counter()
         files: dict[str, Any] = {}
+        sizes = storage.sizes(self.folder / "data")
         for part in self.source.parts:
             result = by_index[part.index]
             path = self.folder / "data" / result.name
-            if not path.is_file():
+            if result.name not in sizes:
                 raise StageError(f"{name} wrote {path}, which is gone; run the same command again.")
             # Two workers may have done the same part (one was thought dead): what lies there counts.
-            same = result.file and result.num_bytes == path.stat().st_size
+            same = result.file and result.num_bytes == sizes[result.name]
             entry = files[result.name] = result.file if same else describe_part(path)
             counts.update(result.counts)
             check_counts(self.stage, str(path), part.index, result.rows_in, result.counts, entry["rows"])
@@ -322,20 +337,16 @@ class StageRun:
                 raise StageError(f"{name} gave the same key to rows of different parts.")
         return counts, files
 
-    def _read_result(self, part: Part, name: str = "") -> PartResult | None:
-        path = self.folder / "data" / (name or part.file_name)
+    def _read_result(self, part: Part, name: str) -> PartResult | None:
+        """What the footer of a data file says; None when it is damaged, or what another retry left."""
+        path = self.folder / "data" / name
         try:
             footer = json.loads(pq.read_schema(path).metadata[FOOTER])
             size = path.stat().st_size
-            return PartResult(part.index, footer["rows_in"], footer["counts"], size, name=path.name, resumed=True)
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: to be done
+            result = PartResult(part.index, footer["rows_in"], footer["counts"], size, name=name, resumed=True)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def _tidy(self) -> None:
-        """Remove what killed workers left; a lease file in the making may be another driver's."""
-        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("data/.*.tmp")]:
-            if not path.name.startswith(".lease.") or time.time() - path.stat().st_mtime > STALE_S:
-                path.unlink(missing_ok=True)
+        return result if not part.previous or footer.get("made_of") == part.made_of else None
 
 
 def run_local(run: StageRun, on_part: Callable[[PartResult], None] = lambda result: None) -> Manifest:

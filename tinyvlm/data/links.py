@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,10 +29,11 @@ from numpy.typing import NDArray
 
 import tinyvlm
 from tinyvlm import config as settings
-from tinyvlm import schema, stage
+from tinyvlm import schema, stage, storage
 from tinyvlm.data.routing import Router, SortedParts
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import Input, Manifest, close_folder, describe_part, git_commit, point_latest, require_space
+from tinyvlm.folders import Input, Manifest, close_folder, describe, git_commit, point_latest, require_space, tidy
+from tinyvlm.lease import Lease
 
 STAGE = "links"
 VERSION = 2
@@ -127,27 +125,30 @@ def find_files(path: Path, config: LinksConfig) -> list[Path]:
 
 
 def _make_folder(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> None:
-    """Write the folder under another name and rename it, so that a bad list leaves nothing behind."""
+    """Write the folder as its only writer; a bad list leaves nothing behind."""
     require_space(folder.parent, 0, STAGE)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        _write_folder(temporary, files, config, fingerprint)
-        if folder.exists() and not (folder / "manifest.json").is_file():
-            shutil.rmtree(folder)  # somebody took its manifest away
-        with suppress(OSError):  # another driver was faster: its folder is as good
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with Lease.take(folder) as lease:
+        if (folder / "manifest.json").is_file():  # another driver's, since we looked
+            return
+        try:
+            storage.remove(folder / "data")  # of somebody who was killed
+            tidy(folder)
+            manifest = _write_parts(folder, files, config, fingerprint)
+        except DataError:
+            storage.remove(folder)
+            raise
+        Lease.check(folder, lease.number)
+        numbers = {"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "seconds": manifest.seconds}
+        close_folder(folder, manifest, {"stage": STAGE, "statuses": {}, **numbers})
 
 
-def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> None:
+def _write_parts(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> Manifest:
     started = time.perf_counter()
-    (folder / "data").mkdir(parents=True)
     entries: dict[str, dict[str, Any]] = {}
     num_rows = 0
     all_keys: list[NDArray[np.int64]] = []
     router = Router(config.rows_per_part)
-    for index, table in enumerate(_routed(files, config, folder / "sorting", router)):
+    for index, table in enumerate(_routed(files, config, folder / ".sorting.tmp", router)):
         num_rows += table.num_rows
         if config.key_column is not None:
             all_keys.append(table["key"].to_numpy())
@@ -157,7 +158,7 @@ def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerpr
         raise DataError(f"The list of links at {files[0].parent if len(files) > 1 else files[0]} has no rows.")
     _check_unique(all_keys, config)
     seconds = round(time.perf_counter() - started, 2)
-    manifest = Manifest(
+    return Manifest(
         stage=STAGE,
         version=VERSION,
         fingerprint=fingerprint,
@@ -173,8 +174,6 @@ def _write_folder(folder: Path, files: list[Path], config: LinksConfig, fingerpr
         git_commit=git_commit(),
         extra={"giants": sorted(router.giants)},
     )
-    statistics = {"stage": STAGE, "rows_in": num_rows, "rows_out": num_rows, "statuses": {}, "seconds": seconds}
-    close_folder(folder, manifest, statistics)
 
 
 def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router) -> Iterator[pa.Table]:
@@ -185,7 +184,7 @@ def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router
         for rows in _rows(files, config):
             parts.add(rows, router.routes(rows))
         yield from parts.parts(config.rows_per_part)
-    shutil.rmtree(folder)
+    storage.remove(folder)
 
 
 def _urls(files: list[Path], config: LinksConfig) -> Iterator[pa.ChunkedArray]:
@@ -254,10 +253,12 @@ def _check_unique(all_keys: list[NDArray[np.int64]], config: LinksConfig) -> Non
 
 
 def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
-    pq.write_table(table.combine_chunks(), path, compression="zstd")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return describe_part(path)
+    with storage.Draft(path) as draft:
+        draft.write_table(table.combine_chunks(), compression="zstd")
+        with draft.content() as content:
+            described = describe(content)
+        draft.publish()
+    return described
 
 
 def _column_names(file: Path) -> list[str]:

@@ -1,0 +1,249 @@
+"""Commands that die, or whose disk fails, at every single operation: repeated, they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from faulty_disk import BROKE, DEADLY, DIED, FAILING, FINISHED, REFUSED, Case, Victims
+from toy_stages import Double, DoubleConfig, start, write_numbers
+
+from tinyvlm import folders, stage_run, storage
+from tinyvlm.data import links
+from tinyvlm.data.links import LinksConfig, open_links
+from tinyvlm.folders import Manifest, clean, discard_damaged, find_folder, part_paths, scan, verify
+from tinyvlm.journal import Journal
+from tinyvlm.stage import open_input
+from tinyvlm.stage_run import StageRun, run_local
+
+
+class Unsteady(Double):
+    """As Double with a journal, one entry a row; rows fail for the moment where a file `bad_day` lies."""
+
+    version = 2
+
+    def __init__(self, is_bad_day: bool) -> None:
+        super().__init__(DoubleConfig())
+        self.is_bad_day = is_bad_day
+
+    def map_part(self, rows: pa.Table, journal: Journal | None) -> pa.Table:
+        assert journal is not None
+        known = journal.read()
+        keys = set(known["key"].to_pylist())
+        for place in range(rows.num_rows):
+            if rows["key"][place].as_py() not in keys:
+                out = self(rows.slice(place, 1))
+                journal.append(out)
+                known = pa.concat_tables([known, out])
+        return known.sort_by("key")
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        out = super().__call__(rows).to_pylist()
+        for row in out:
+            if self.is_bad_day and row["key"] % 3 == 1:
+                row["status"] = "throttled"
+        return pa.Table.from_pylist(out, schema=self.writes)
+
+
+def unsteady(root: Path, retry: tuple[str, ...] = ()) -> StageRun:
+    stage = Unsteady(is_bad_day=not retry)
+    return StageRun(stage, open_input(stage, [root]), root, retry)
+
+
+# --- commands: what a victim runs, and what is repeated after it
+
+
+def run_double(root: Path) -> None:
+    run_local(start(root, Double(DoubleConfig())))
+
+
+def run_journalled(root: Path) -> None:
+    run_local(unsteady(root))
+
+
+def run_retry(root: Path) -> None:
+    run_local(unsteady(root, ("throttled",)))
+
+
+def run_clean(root: Path) -> None:
+    clean(unsteady(root).folder)
+
+
+def run_discard(root: Path) -> None:
+    """`tinyvlm verify --discard`, and the stage again."""
+    if (unsteady(root).folder / "manifest.json").is_file():
+        discard_damaged(unsteady(root).folder)
+    run_local(unsteady(root))
+
+
+def run_links(root: Path) -> None:
+    open_links(root / "list.jsonl", LinksConfig(url_column="url", caption_column="caption", rows_per_part=3), root)
+
+
+# --- what lies there before
+
+
+def prepare_numbers(root: Path) -> None:
+    write_numbers(root, num_parts=2)
+
+
+def prepare_bad_day(root: Path) -> None:
+    write_numbers(root, num_parts=2)
+    run_local(unsteady(root))
+
+
+def prepare_retried(root: Path) -> None:
+    prepare_bad_day(root)
+    run_retry(root)
+
+
+def prepare_damaged(root: Path) -> None:
+    prepare_retried(root)
+    path = part_paths(unsteady(root).folder)[1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def prepare_list(root: Path) -> None:
+    rows = [{"url": f"http://h{number % 5}/{number}", "caption": str(number)} for number in range(8)]
+    (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A command on what was prepared, and the stage whose folder it leaves."""
+
+    prepare: Callable[[Path], None]
+    command: Callable[[Path], None]
+    stage: str = "double"
+
+    @property
+    def name(self) -> str:
+        return f"{self.prepare.__name__}:{self.command.__name__}"
+
+
+DRILLS = [
+    Drill(prepare_numbers, run_double),
+    Drill(prepare_numbers, run_journalled),
+    Drill(prepare_bad_day, run_retry),
+    Drill(prepare_retried, run_clean),
+    Drill(prepare_damaged, run_discard),
+    Drill(prepare_list, run_links, "links"),
+]
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[Victims]:
+    import sys
+
+    with Victims([sys.executable, "-u"]) as victims:
+        yield victims
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that two folders have in common when they say the same."""
+    manifest = Manifest.read(folder)
+    columns = ["key", "url"] if manifest.stage == "links" else ["key", "status", "value"]
+    table = pa.concat_tables(scan(folder, columns)).sort_by("key")
+    numbers = (manifest.identity, manifest.rows_in, manifest.rows_out, manifest.statuses, manifest.generation)
+    shown = json.loads((folder / "stats.json").read_text())
+    return {"rows": table.to_pylist(), "numbers": numbers, "shown": {**shown, "seconds": 0}}
+
+
+def everything(root: Path) -> set[str]:
+    """The files and folders under `root`, but for the number of the lease."""
+    names = {str(path.relative_to(root)) for path in root.rglob("*")}
+    return {name for name in names if "/lease-" not in name}
+
+
+def cases(number: int) -> list[tuple[str, int]]:
+    return [(mode, at) for mode in (*DEADLY, *FAILING) for at in range(number)]
+
+
+def sweep(drill: Drill, victims: Victims, tmp_path: Path, some: int | None) -> dict[int, int]:
+    """Run a drill with each fault, or with `some` of them; tells how many victims ended in which way."""
+    given, straight = tmp_path / "given", tmp_path / "straight"
+    given.mkdir()
+    drill.prepare(given)
+    before = find_state(given, drill)
+    shutil.copytree(given, straight)
+    log = tmp_path / "operations"
+    command = f"test_faults:{drill.command.__name__}"
+    assert victims.run(Case(command, str(straight), log=str(log))) == FINISHED
+    folder = find_folder([straight], drill.stage, "a test")
+    expected = outcome(folder)
+    assert verify(folder) == []
+    clean(folder)
+    left = everything(straight)
+    chosen = cases(len(log.read_text().splitlines()))
+    if some is not None:
+        chosen = random.Random(0).sample(chosen, min(some, len(chosen)))
+    ends: dict[int, int] = {}
+    for mode, at in chosen:
+        root = tmp_path / "case"
+        shutil.copytree(given, root)
+        end = victims.run(Case(command, str(root), mode, at))
+        case = f"{drill.name}, {mode} at operation {at} ({log.read_text().splitlines()[at]})"
+        assert end != BROKE, case
+        ends[end] = ends.get(end, 0) + 1
+        if drill.command is not run_discard:  # its folder was damaged before
+            after = {name: expected[name] for name in ("rows", "numbers")}
+            assert find_state(root, drill) in (before, after), f"{case}: it looks finished and is not"
+        drill.command(root)
+        folder = find_folder([root], drill.stage, "a test")
+        assert outcome(folder) == expected, case
+        assert verify(folder) == [], case
+        clean(folder)
+        assert everything(root) == left, case
+        shutil.rmtree(root)
+    return ends
+
+
+def find_state(root: Path, drill: Drill) -> dict[str, Any] | None:
+    """What a reader finds: nothing, or a whole folder."""
+    for path in root.glob(f"{drill.stage}-*/manifest.json"):
+        if drill.prepare is prepare_damaged:
+            return None
+        assert verify(path.parent) == []
+        state = outcome(path.parent)
+        del state["shown"]  # of a retry the report comes after the manifest, at the latest with the same command
+        return state
+    return None
+
+
+@pytest.fixture(autouse=True)
+def quick_and_thorough() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        yield
+
+
+def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
+    """Nothing is too young to be removed, no disk is waited for, and nobody asks git for the commit."""
+    patch = patch or pytest.MonkeyPatch()
+    patch.setattr(folders, "STALE_S", -1.0)
+    patch.setattr(storage.Disk, "sync", lambda self, path: None)
+    for module in (links, stage_run):
+        patch.setattr(module, "git_commit", lambda: None)
+
+
+@pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
+def test_some_faults(drill: Drill, victims: Victims, tmp_path: Path) -> None:
+    ends = sweep(drill, victims, tmp_path, some=40)
+    assert ends[DIED] >= 20
+    assert ends[REFUSED] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
+def test_every_fault(drill: Drill, victims: Victims, tmp_path: Path) -> None:
+    ends = sweep(drill, victims, tmp_path, some=None)
+    assert ends[DIED] > ends[REFUSED] > 0
