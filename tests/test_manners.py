@@ -276,10 +276,10 @@ def test_places_follow_what_the_network_bears() -> None:
 
 
 def test_a_loop_that_comes_late_has_fewer_places() -> None:
-    limits = simulate(lambda limit: 0.0, 60, lag_s=0.5)
+    limits = simulate(lambda limit: 0.0, 60, lag_s=0.6)
     assert limits[-1] == FLOOR
-    assert simulate(lambda limit: 0.0, 60, lag_s=0.05)[-1] == 256
-    assert simulate(lambda limit: 0.0, 60, lag_s=0.5, most=4)[-1] == 4
+    assert simulate(lambda limit: 0.0, 60, lag_s=0.2)[-1] == 256
+    assert simulate(lambda limit: 0.0, 60, lag_s=0.6, most=4)[-1] == 4
 
 
 def test_the_breaker_counts_hosts_and_not_links() -> None:
