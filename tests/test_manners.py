@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 from small_web import on_fast_clock
+from yarl import URL
 
+from tinyvlm.data import robots as robots_module
 from tinyvlm.data.addresses import FetchError, NotAsked, Resolver
 from tinyvlm.data.breaker import ANSWER_S, GRACE_S, MIN_HOSTS, WINDOW, Breaker
 from tinyvlm.data.hosts import CLOSED_S, DEAD_S, MAX_HOSTS, MAX_STRIKES, Hosts
 from tinyvlm.data.places import FLOOR, START, Places
+from tinyvlm.data.robots import Robots
 
 
 def make_hosts(**changes: Any) -> Hosts:
@@ -227,6 +230,27 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     on_fast_clock(run())
 
 
+def test_rules_of_sites_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def read(url: str) -> bytes:
+        asked.append(url)
+        return b"" if "json" in url else b"User-agent: *\nDisallow: /no\n" + b"#" * 1000
+
+    async def run() -> None:
+        robots = Robots(read)
+        for n in [*range(20), 0, 19]:
+            await robots.check(URL(f"http://host{n}.test/yes"))
+        assert robots._num_bytes == sum(rules.num_bytes for rules in robots._known.values()) <= 5000
+        assert sum(url.startswith("http://host0.test/robots") for url in asked) == 2, "forgotten, asked again"
+        assert sum(url.startswith("http://host19.test/robots") for url in asked) == 1
+        with pytest.raises(FetchError, match=r"optout\.robots"):
+            await robots.check(URL("http://host19.test/no/x.jpg"))
+
+    monkeypatch.setattr(robots_module, "MAX_TOTAL_BYTES", 5000)
+    asyncio.run(run())
+
+
 def simulate(trouble: Callable[[int], float], seconds: int, *, lag_s: float = 0.0, most: int = 256) -> list[int]:
     """A worker with enough to do, 2 links a second and place; how many places it has after each second."""
     rng = random.Random(0)
@@ -276,10 +300,10 @@ def test_places_follow_what_the_network_bears() -> None:
 
 
 def test_a_loop_that_comes_late_has_fewer_places() -> None:
-    limits = simulate(lambda limit: 0.0, 60, lag_s=0.5)
+    limits = simulate(lambda limit: 0.0, 60, lag_s=0.6)
     assert limits[-1] == FLOOR
-    assert simulate(lambda limit: 0.0, 60, lag_s=0.05)[-1] == 256
-    assert simulate(lambda limit: 0.0, 60, lag_s=0.5, most=4)[-1] == 4
+    assert simulate(lambda limit: 0.0, 60, lag_s=0.2)[-1] == 256
+    assert simulate(lambda limit: 0.0, 60, lag_s=0.6, most=4)[-1] == 4
 
 
 def test_the_breaker_counts_hosts_and_not_links() -> None:

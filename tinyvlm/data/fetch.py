@@ -32,7 +32,7 @@ from tinyvlm.data.hosts import Hosts
 from tinyvlm.data.places import Places
 from tinyvlm.data.responses import PICTURES, REDIRECTS, THROTTLED, explain, opt_out, refusal, unpack
 from tinyvlm.data.robots import MAX_BYTES, Robots
-from tinyvlm.data.session import open_session, raise_file_limit, tls_context
+from tinyvlm.data.session import open_session, tls_context, tune_process
 from tinyvlm.data.urls import check_url, join, unescape
 from tinyvlm.errors import ConfigError, NetworkError
 from tinyvlm.schema import OK
@@ -147,7 +147,7 @@ class Fetcher:
 
     async def __aenter__(self) -> Self:
         config = self.config
-        raise_file_limit()
+        tune_process()
         self._hosts = Hosts(
             per_host=config.concurrency_per_host,
             rate=config.rate_per_host,

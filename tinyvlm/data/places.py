@@ -22,8 +22,8 @@ USUAL_SHARE = 0.1
 """Share of trouble that is expected before anything was seen."""
 MARGIN = 0.1
 """A share of trouble counts from this much above the usual one (and three standard errors)."""
-MAX_LAG_S = 0.25
-"""How late the loop may come, on average over a second."""
+MAX_LAG_S = 0.5
+"""How late the loop may come, on average over a second; deadlines are ten times as long."""
 
 
 class Places:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,14 @@ from protego import Protego
 from yarl import URL
 
 from tinyvlm.data.addresses import FetchError
-from tinyvlm.data.hosts import Bounded
 from tinyvlm.data.responses import AGENT
 
 MAX_BYTES = 500 * 1024
 """How much of a robots.txt is read; RFC 9309 §2.5 asks for at least this."""
-MAX_ORIGINS = 10_000
+MAX_ORIGINS = 20_000
 """Sites whose rules are remembered, newest first."""
+MAX_TOTAL_BYTES = 8_000_000
+"""Bytes of the files whose rules are remembered; parsed, they take some thirty times as much."""
 MAX_RULES = 1_000_000
 """Robots named × lines; a file beyond it is an attack on parsers, and reads as one that cannot be read."""
 MAX_PLACES = 100
@@ -45,6 +47,7 @@ class _Rules:
     robots: Protego | None = None
     reserved: tuple[tuple[Protego, bool], ...] = ()
     failure: FetchError | None = None
+    num_bytes: int = 0
 
 
 class Robots:
@@ -52,7 +55,8 @@ class Robots:
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._known: Bounded[str, _Rules] = Bounded(MAX_ORIGINS)
+        self._known: OrderedDict[str, _Rules] = OrderedDict()
+        self._num_bytes = 0
         self._running: dict[str, asyncio.Task[_Rules]] = {}
 
     async def check(self, target: URL) -> None:
@@ -82,12 +86,20 @@ class Robots:
             text = await self._read(f"{origin}/robots.txt")
             robots = await asyncio.to_thread(_parse, text) if text else None
             reserved = _reservations(await self._read(f"{origin}/.well-known/tdmrep.json"))
-            rules = _Rules(time.monotonic() + KEEP_S, robots, reserved)
+            rules = _Rules(time.monotonic() + KEEP_S, robots, reserved, num_bytes=len(text))
         except FetchError as error:
             failure = FetchError(error.status, f"robots.txt or tdmrep.json: {error.detail}")
             rules = _Rules(time.monotonic() + KEEP_FAILURE_S, failure=failure)
-        self._known[origin] = rules
+        self._remember(origin, rules)
         return rules
+
+    def _remember(self, origin: str, rules: _Rules) -> None:
+        if origin in self._known:
+            self._num_bytes -= self._known.pop(origin).num_bytes
+        self._known[origin] = rules
+        self._num_bytes += rules.num_bytes
+        while len(self._known) > MAX_ORIGINS or self._num_bytes > MAX_TOTAL_BYTES:
+            self._num_bytes -= self._known.popitem(last=False)[1].num_bytes
 
 
 def _parse(data: bytes) -> Protego:
