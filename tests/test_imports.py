@@ -19,13 +19,14 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("config",), ("schema",)],
     [
         ("stage", "folders", "lease", "report", "charts"),
-        *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths",)),
+        *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),
     ],
     [("model",)],
     [("generation",), ("data",)],
     [("train",), ("eval",), ("serve",)],
     [("toy",)],
     [("recipes",)],
+    [("bench",)],
     [("cli",)],
 ]
 
