@@ -90,7 +90,7 @@ class _Seen:
         self.histogram: NDArray[np.int64] = np.zeros(len(_EDGES) - 1, np.int64)
         self.around: list[dict[str, Any]] = []
         """The rows nearest to the threshold, the most placeholder-like first."""
-        self._losses: list[tuple[float, float, float, float, int]] = []
+        self._losses: list[tuple[float, ...]] = []
 
     def columns(self, folder: Path) -> list[str]:
         """What is read of each row."""
@@ -115,7 +115,8 @@ class _Seen:
         self._keep_nearest(measured.select(["key", "status", "similarity"]))
         if "feature_error" in rows.column_names and measured.num_rows:
             error, cosine = measured["feature_error"].to_numpy(), measured["feature_cosine"].to_numpy()
-            self._losses.append((error.sum(), error.max(), cosine.sum(), cosine.min(), len(error)))
+            losses = (float(value) for value in (error.sum(), error.max(), cosine.sum(), cosine.min()))
+            self._losses.append((*losses, len(error)))
 
     def storage(self) -> dict[str, Any]:
         """What eight bits lose; nothing is said of half precision."""

@@ -56,8 +56,9 @@ def without_padding(pixels: NDArray[np.uint8], width: int, height: int) -> NDArr
     side, longer = len(pixels), max(width, height)
     wide, high = max(1, side * width // longer), max(1, side * height // longer)
     left, top = (side - wide) // 2, (side - high) // 2
-    # A pixel of the seam belongs to both.
-    inset_x, inset_y = int(wide < side and wide > 2), int(high < side and high > 2)
+    # Near the seam, scaling and JPEG have left traces of the padding.
+    seam = 2 + side // 64
+    inset_x, inset_y = (min(seam, extent // 4) if extent < side else 0 for extent in (wide, high))
     return pixels[top + inset_y : top + high - inset_y, left + inset_x : left + wide - inset_x]
 
 

@@ -37,8 +37,11 @@ SIMILAR_LEVELS = 6.0
 
 SKETCH_BITS = 24
 """The table of the first pass has at most 2^this counters of four bytes."""
-MAX_CENTRES, MAX_GROUPS, MAX_MEMBERS, SAMPLES = 50_000, 200, 16, 8
+MAX_CENTRES, MAX_GROUPS, MAX_MEMBERS, SAMPLES = 50_000, 200, 16, 16
 """Most hashes that are compared, groups that are looked at, hashes of one group, and pictures of one hash."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 ÷ the golden ratio: products with it have evenly spread high bits (Fibonacci hashing)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class _Links:
     digests: set[str] = field(default_factory=set)
     """Up to two sha256."""
     places: list[tuple[int, int]] = field(default_factory=list)
-    """Index of the part and key of the first rows."""
+    """Index of the part and key of some rows, drawn by their keys."""
 
     def add(self, url: str, digest: str | None, part: int, key: int) -> None:
         self.rows += 1
@@ -109,8 +112,10 @@ class _Links:
             self.urls.add(hash(url))
         if digest is not None and len(self.digests) < 2:
             self.digests.add(digest)
-        if len(self.places) < SAMPLES:
-            self.places.append((part, key))
+        # Reservoir sampling (Vitter's algorithm R), with the key in place of a random number.
+        place = self.rows - 1 if self.rows <= SAMPLES else (key * _GOLDEN % 2**64 >> 20) % self.rows
+        if place < SAMPLES:
+            self.places[place : place + 1] = [(part, key)]
 
     @property
     def number(self) -> int:
@@ -136,8 +141,7 @@ class _Sketch:
         return self._counts[self._places(values)] >= least
 
     def _places(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        # Fibonacci hashing: perceptual hashes are not spread evenly, their products' high bits are.
-        return (values * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - self._bits)
+        return (values * np.uint64(_GOLDEN)) >> np.uint64(64 - self._bits)
 
 
 def _count(paths: Sequence[Path], least: Mapping[str, int]) -> dict[str, dict[str | int, _Links]]:
