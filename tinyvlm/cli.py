@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from tinyvlm.bench import encode as bench_encode
+
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("demo", help="the whole line on this machine, from links to a served answer")
@@ -49,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("name")
     recipe.add_argument("--set", action="append", default=[], metavar="A.B=V")
     recipe.set_defaults(run=_recipe)
+
+    benches = commands.add_parser("bench", help="measure this machine").add_subparsers(required=True, metavar="WHAT")
+    bench_encode.add_options(benches.add_parser("encode", help="pictures a second through a vision tower"))
     return parser
 
 

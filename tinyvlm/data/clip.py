@@ -86,8 +86,7 @@ class Tower:
 
     def __init__(self, config: EncodeConfig, picture: PictureConfig, model: Any = None) -> None:
         self.config, self.picture = config, picture
-        # In float32 first, which every checkpoint fits into exactly: the fingerprint is of the weights, not of a dtype.
-        model = _load(CLIPVisionModel, config.vision, "float32", "encode.vision") if model is None else model
+        model = load_vision(config.vision) if model is None else model
         shape = model.config
         towers.check_width(shape.to_dict(), config.feature_width, "encode.vision")
         check = towers.check_patches if config.interpolate_positions else towers.check_size
@@ -223,6 +222,15 @@ def _to_input(pixels: NDArray[np.uint8], model: Any) -> Tensor:
 
 def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+
+def load_vision(name: str) -> Any:
+    """A vision tower in float32, which every checkpoint fits into exactly: fingerprints are of weights, not of a dtype.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    return _load(CLIPVisionModel, name, "float32", "encode.vision")
 
 
 def _loss(exact: Tensor, stored: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Measurements of this machine with the library's own code and nothing else: `tinyvlm bench …`."""
