@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from tiny_model import NUM_IMAGE_TOKENS, PICTURE, picture, save_parts
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tinyvlm import schema
+from tinyvlm.bench.encode import LAYOUTS, flops_of_picture
+from tinyvlm.cli import main
 from tinyvlm.data import towers
 from tinyvlm.data.clip import Tower
 from tinyvlm.data.encode import Encode, EncodeConfig
@@ -412,3 +416,57 @@ def test_weights_that_change_under_way_are_noticed(config: EncodeConfig, tmp_pat
 
     with pytest.raises(StageError, match="several encoders"):
         run.carry_out(execute)
+
+
+def test_parts_in_threads_share_one_tower(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part may be written while the next is encoded; two threads then ask the same stage."""
+    made: list[Tower] = []
+    first = Tower.__init__
+    monkeypatch.setattr(Tower, "__init__", lambda self, *given: (made.append(self), first(self, *given))[1])
+    rows = preprocessed([stored(picture(seed)) for seed in range(8)])
+    stage = Encode(config, PICTURE)
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(stage, (rows.slice(0, 4), rows.slice(4))))
+    assert len(made) == 1
+    assert both[0].equals(Encode(config, PICTURE)(rows.slice(0, 4)))
+
+
+def test_compiled_batches_are_filled_up(config: EncodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch that reaches the compiled tower has one size, and the filling does not come out."""
+    sizes: list[int] = []
+
+    def watched(forward, dynamic):  # type: ignore[no-untyped-def]
+        assert dynamic is False
+        return lambda values: (sizes.append(len(values)), forward(values))[1]
+
+    monkeypatch.setattr(torch, "compile", watched)
+    rows = preprocessed([stored(picture(seed)) for seed in range(5)])
+    filled = Encode(dataclasses.replace(config, compile=True), PICTURE)(rows)
+    assert set(sizes) == {config.batch_size}
+    assert filled["key"].to_pylist() == [0, 1, 2, 3, 4]
+    plain = Encode(config, PICTURE)(rows)
+    np.testing.assert_allclose(unpack(filled), unpack(plain), rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(filled["similarity"].to_numpy(), plain["similarity"].to_numpy(), atol=1e-5)
+
+
+# The benchmark
+
+
+def test_operations_of_a_picture_are_those_of_the_published_tower() -> None:
+    layout = {**LAYOUTS["L/14"], "intermediate_size": 4096}
+    # ViT-L/14 takes 81 GMAC at 224 px, 191 at 336, 362 at 448 (timm's tables).
+    for side, gmac in ((224, 81.1), (336, 191.1), (448, 362)):
+        assert flops_of_picture(layout, side) / 2e9 == pytest.approx(gmac, rel=0.01)
+
+
+def test_bench_encode_measures_a_small_tower(config: EncodeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["bench", "encode", "--vision", config.vision, "--batch", "4", "--seconds", "0.1", "--dtype", "fp32"]
+    assert main([*options, "--size", "48", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["size_px"] == 48
+    assert all(rate > 0 for rate in told["pictures_per_s"].values())
+    assert 0 < told["share_of_matrix_rate"] < 1
+    assert told["share_of_matrix_rate"] == pytest.approx(told["compute_tflops"] / told["matrix_tflops"], rel=0.2)
+    assert main(options) == 0
+    assert "pictures/s" in capsys.readouterr().out
+    assert main([*options, "--random", "B/32"]) == 2

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tinyvlm import schema
+from tinyvlm.data.repeats import parts_of
+from tinyvlm.folders import read_rows
 from tinyvlm.images import PictureConfig, square
-from tinyvlm.stage import read_rows
 
 RGB = tuple[int, int, int]
 
@@ -127,7 +128,7 @@ def _f_measure(precision: float, recall: float) -> float:
 def sample_pictures(folder: Path, count: int) -> list[dict[str, Any]]:
     """About `count` usable rows of a folder of preprocessed pictures, at even distances, the same on every call."""
     columns = [name for name in schema.PREPROCESSED.names if name not in ("detail", "caption", "meta")]
-    paths = sorted((folder / "data").glob("part-*.parquet"))
+    paths = parts_of(folder)
     chosen = [paths[index * len(paths) // min(count, len(paths))] for index in range(min(count, len(paths)))]
     each = -(-count // max(1, len(chosen)))
     rows: list[dict[str, Any]] = []

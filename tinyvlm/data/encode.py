@@ -22,6 +22,7 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ from tinyvlm.data import calibrate, encode_report, towers
 from tinyvlm.data.calibrate import Calibration
 from tinyvlm.data.placeholder import DESIGNS, spread, without_padding
 from tinyvlm.data.prefetch import prefetch
+from tinyvlm.data.rejudge import EarlierRows, judge
 from tinyvlm.data.repeats import Repeats, find_repeats
 from tinyvlm.errors import ConfigError, StageError
+from tinyvlm.folders import Input, Manifest
 from tinyvlm.images import ImageError, LimitConfig, PictureConfig, decode
 from tinyvlm.schema import FeatureStorage
-from tinyvlm.stage import Input, Manifest, Stage, read_rows
+from tinyvlm.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +58,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 BATCHES_AHEAD = 3
 """How many decoded batches wait for the tower at most."""
+
+_TOWER_IN_USE = threading.Lock()
+"""Parts go through a process's tower one after the other; while one is written, the next is encoded."""
 
 _log = logging.getLogger(__name__)
 
@@ -133,6 +139,8 @@ class Encode(Stage):
     name = "encode"
     version = 3
     reads = ("preprocess",)
+    parts_at_once = 2
+    """One is encoded while another is written."""
 
     folder: Path | None = None
     """The stage's own folder, where workers share what is measured once; without it each measures for itself."""
@@ -229,15 +237,17 @@ class Encode(Stage):
 
     def __getstate__(self) -> dict[str, Any]:
         # What was found in the whole input travels to the workers; the tower is loaded where it works.
-        stays = ("tower", "calibration", "_earlier_parts")
+        stays = ("tower", "calibration", "_earlier_rows")
         return {name: value for name, value in self.__dict__.items() if name not in stays}
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Map pictures to features; one that cannot be decoded any more says so."""
         if not rows.num_rows:
             return self.writes.empty_table()
-        if self.earlier is not None:
-            return self._rejudged(rows)
+        with _TOWER_IN_USE:
+            return self._rejudged(rows) if self.earlier is not None else self._encode(rows)
+
+    def _encode(self, rows: pa.Table) -> pa.Table:
         size = self.config.batch_size
         batches = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
         threshold = self.threshold
@@ -291,8 +301,11 @@ class Encode(Stage):
             for problem, sign in zip(looked.problems, looked.signs, strict=True)
         ]
         is_missing = np.array([problem is not None for problem in looked.problems])
-        references = pa.array([self.config.references[nearest] for nearest in found.nearest])
-        statuses, details = _judge(
+        references = [
+            None if problem else self.config.references[n]
+            for problem, n in zip(looked.problems, found.nearest, strict=True)
+        ]
+        statuses, details = judge(
             [status for status, _ in given], [detail for _, detail in given], found.similarity, references, threshold
         )
         columns = {
@@ -300,7 +313,7 @@ class Encode(Stage):
             "status": statuses,
             "detail": details,
             "similarity": pa.array(found.similarity, mask=is_missing),
-            "reference": pa.array(references.to_pylist(), pa.string(), mask=is_missing),
+            "reference": pa.array(references, pa.string()),
             "encoder": pa.array([self.tower.fingerprint] * rows.num_rows, pa.string()),
             "features": self._feature_column(found.features, is_missing),
         }
@@ -321,31 +334,23 @@ class Encode(Stage):
             kind, pa.FixedSizeListArray.from_arrays(flat, size, mask=pa.array(is_missing))
         )
 
-    # Another threshold over a finished folder
-
-    @cached_property
-    def _earlier_parts(self) -> dict[int, Path]:
-        """First key of each part of the earlier folder → its file."""
-        assert self.earlier is not None
-        paths = sorted((self.earlier / "data").glob("part-*.parquet"))
-        firsts = [(read_rows(str(path), 0, 1, ["key"])["key"].to_pylist(), path) for path in paths]
-        return {keys[0]: path for keys, path in firsts if keys}
-
     def _rejudged(self, rows: pa.Table) -> pa.Table:
         """The earlier folder's rows with this run's threshold."""
-        path = self._earlier_parts.get(rows["key"][0].as_py())
-        found = None if path is None else read_rows(str(path), 0, 2**62)
-        if found is None or found["key"].to_pylist() != rows["key"].to_pylist():
-            raise StageError(f"{self.earlier} does not hold the rows that it was made of; remove it and encode again.")
-        statuses, details = _judge(
+        found = self._earlier_rows.like(rows["key"].to_pylist())
+        statuses, details = judge(
             found["status"].to_pylist(),
             found["detail"].to_pylist(),
             found["similarity"].to_numpy(),
-            found["reference"],
+            found["reference"].to_pylist(),
             self.threshold,
         )
         columns = {name: found[name] for name in self.writes.names} | {"status": statuses, "detail": details}
         return pa.table([columns[name] for name in self.writes.names], schema=self.writes)
+
+    @cached_property
+    def _earlier_rows(self) -> EarlierRows:
+        assert self.earlier is not None
+        return EarlierRows(self.earlier)
 
     def _calibrate(self) -> Calibration:
         source, count = self.folders.get("preprocess"), self.config.calibration_pictures
@@ -375,25 +380,13 @@ class Encode(Stage):
             calibration = self.calibration
         threshold = calibration.threshold if given is None and calibration is not None else given
         assert threshold is not None
-        return encode_report.statistics(folder, threshold, calibration, is_measured=given is None)
-
-
-def _judge(
-    statuses: list[str],
-    details: list[str | None],
-    similarity: NDArray[np.float32],
-    references: pa.Array,
-    threshold: float,
-) -> tuple[pa.Array, pa.Array]:
-    """Status and detail by similarity, of rows that nothing else is known of."""
-    is_open = np.array([status in (schema.OK, "placeholder.clip") for status in statuses])
-    is_like = np.nan_to_num(similarity, nan=-2.0) >= np.float32(threshold)
-    names = references.to_pylist()
-    for index in np.flatnonzero(is_open):
-        like = is_like[index]
-        statuses[index] = "placeholder.clip" if like else schema.OK
-        details[index] = f"looks like the reference {names[index]!r}" if like else None
-    return pa.array(statuses, pa.string()), pa.array(details, pa.string())
+        return encode_report.statistics(
+            folder,
+            threshold,
+            calibration,
+            is_measured=given is None,
+            is_packed=self.config.feature_storage != "float16",
+        )
 
 
 def _write_once(path: Path, content: str) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tinyvlm.data.calibrate import Calibration
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import StageError
-from tinyvlm.stage import scan
+from tinyvlm.folders import scan
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -37,14 +36,26 @@ def read_calibration(folders: Sequence[Path]) -> Calibration | None:
     return None
 
 
-def statistics(folder: Path, threshold: float, calibration: Calibration | None, *, is_measured: bool) -> dict[str, Any]:
+def statistics(
+    folder: Path, threshold: float, calibration: Calibration | None, *, is_measured: bool, is_packed: bool
+) -> dict[str, Any]:
     """Numbers, charts and the review sheet of an encode folder, in one pass over its light columns.
+
+    `is_measured`: the threshold comes from the calibration.  `is_packed`: features are stored in eight bits.
 
     Raises:
         StageError: the rows were encoded with different weights.
     """
     seen = _Seen(threshold)
-    for rows in scan(folder, seen.columns(folder)):
+    columns = (
+        "key",
+        "status",
+        "detail",
+        "similarity",
+        "encoder",
+        *(("feature_error", "feature_cosine") if is_packed else ()),
+    )
+    for rows in scan(folder, columns):
         seen.add(rows)
     if len(seen.encoders) > 1:
         raise StageError(
@@ -91,15 +102,6 @@ class _Seen:
         self.around: list[dict[str, Any]] = []
         """The rows nearest to the threshold, the most placeholder-like first."""
         self._losses: list[tuple[float, ...]] = []
-
-    def columns(self, folder: Path) -> list[str]:
-        """What is read of each row."""
-        first = next(iter(sorted((folder / "data").glob("part-*.parquet"))), None)
-        there = pq.read_schema(first).names if first is not None else []
-        return [
-            *("key", "status", "detail", "similarity", "encoder"),
-            *(name for name in ("feature_error", "feature_cosine") if name in there),
-        ]
 
     def add(self, rows: pa.Table) -> None:
         """Count one part."""

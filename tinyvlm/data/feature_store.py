@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tinyvlm.errors import DataError
+from tinyvlm.folders import Manifest, scan
 from tinyvlm.schema import FeatureStorage
-from tinyvlm.stage import scan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,8 +82,7 @@ def read_features(folder: Path, encoder: str | None = None) -> Iterator[tuple[ND
         DataError: other weights or another preprocessing made them.
     """
     columns = ["key", "encoder", "features"]
-    first = next(iter(sorted((folder / "data").glob("part-*.parquet"))), None)
-    if first is not None and "feature_scale" in pq.read_schema(first).names:
+    if Manifest.read(folder).settings["encode"]["feature_storage"] != "float16":
         columns.append("feature_scale")
     for rows in scan(folder, columns, only_ok=True):
         made_by = pc.unique(rows["encoder"]).to_pylist()

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from tinyvlm import schema
 from tinyvlm.data.placeholder import THUMB, thumbnail
+from tinyvlm.folders import Manifest
 from tinyvlm.images import ImageError, LimitConfig, decode
 
 SIMILAR_BITS = 4
@@ -73,9 +74,9 @@ def find_repeats(folder: Path, *, repeated_links: int, similar_links: int, redir
     """Look through a folder of preprocessed pictures; a number of links of 0 leaves that sign out."""
     least = {"sha256": repeated_links, "phash": similar_links, "final_url": redirect_links}
     least = {column: number for column, number in least.items() if number}
-    paths = sorted((folder / "data").glob("part-*.parquet"))
     if not least:
         return Repeats()
+    paths = parts_of(folder)
     # A hash's neighbours add up, so a part of the number is enough to be looked at.
     counted = {column: max(2, number // 8) if column == "phash" else number for column, number in least.items()}
     seen = _count(paths, counted)
@@ -91,6 +92,11 @@ def find_repeats(folder: Path, *, repeated_links: int, similar_links: int, redir
         np.array(hashes, np.uint64),
         np.array(thumbs, np.uint8).reshape(-1, THUMB, THUMB, 3),
     )
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The data files of a finished stage folder, in order."""
+    return [folder / "data" / name for name in sorted(Manifest.read(folder).files) if "/" not in name]
 
 
 @dataclass
