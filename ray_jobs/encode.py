@@ -19,9 +19,10 @@ def run(job: _cli.Job) -> None:
     """CLIP: a GPU for each worker where the cluster has any."""
     stage = Encode.from_recipe(job.recipe)
     source = open_input(stage, job.inputs)
-    stage.folder = StageRun(stage, source, job.output).folder
-    stage.earlier = stage.find_earlier(job.output, source)
-    if stage.earlier is not None and stage.earlier != stage.folder:
+    asked = StageRun(stage, source, job.output)
+    stage.folder = asked.folder
+    stage.earlier = None if asked.is_finished else stage.find_earlier(job.output, source)
+    if stage.earlier is not None:
         log.info("encode takes features and similarities from %s", stage.earlier)
     num_gpus = 0 if stage.earlier is not None and job.recipe.encode.placeholder_threshold is not None else 1
     _cli.run_rows(job, stage, StageResources(num_cpus=1, num_gpus=num_gpus, gpu_optional=True))

@@ -227,6 +227,9 @@ def test_the_threshold_is_measured_once_for_all_workers(config: EncodeConfig, pa
     assert told[0]["calibration_sets"] == told[1]["calibration_sets"]
     assert told[0]["calibration_sets"][0]["set"] == "drawn placeholders"
     assert told[0]["calibration_sets"][2]["pictures"] == 6
+    used, best = told[0]["calibration"]
+    assert {**used, "threshold": ""} == {**best, "threshold": ""}
+    assert 0 < best["precision"] <= 1
 
     other = tmp_path / "weights"
     save_parts(other, seed=1)
@@ -470,3 +473,19 @@ def test_bench_encode_measures_a_small_tower(config: EncodeConfig, capsys: pytes
     assert main(options) == 0
     assert "pictures/s" in capsys.readouterr().out
     assert main([*options, "--random", "B/32"]) == 2
+
+
+def test_the_review_sheet_shows_different_pictures_that_the_threshold_decides_about(
+    config: EncodeConfig, tmp_path: Path
+) -> None:
+    images = [stored(picture(seed)) for seed in range(4)] + [stored(reference_pictures(["no_image"])[0])] * 3
+    rows = preprocessed(images).to_pydict()
+    rows["sha256"] = ["0", "1", "2", "3", "card", "card", "card"]
+    root = preprocess_folder(pa.table(rows, schema=schema.PREPROCESSED), tmp_path)
+    for repeated_links, shown in ((0, ["placeholder.clip", *["ok"] * 4]), (3, ["ok"] * 4)):
+        changed = dataclasses.replace(config, placeholder_threshold=0.9999, repeated_links=repeated_links)
+        run = _run(Encode(changed, PICTURE), root, tmp_path)
+        items = run.stage.statistics(run.folder)["pictures"]["items"]
+        assert [item["caption"].split()[1] for item in items] == shown
+        similarity = [float(item["caption"].split()[0]) for item in items]
+        assert similarity == sorted(similarity, reverse=True)

@@ -151,7 +151,7 @@ def flops_of_picture(shape: dict[str, Any], side: int) -> float:
     patches = (side // shape["patch_size"]) ** 2
     tokens = 1 + patches
     layer = 4 * width**2 * tokens + 2 * width * inner * tokens + 2 * tokens**2 * width
-    return 2.0 * (shape["num_hidden_layers"] * layer + 3 * shape["patch_size"] ** 2 * width * patches)
+    return 2.0 * float(shape["num_hidden_layers"] * layer + 3 * shape["patch_size"] ** 2 * width * patches)
 
 
 def matrix_rate(tower: Tower, seconds: float) -> float:
@@ -162,7 +162,7 @@ def matrix_rate(tower: Tower, seconds: float) -> float:
     left, right = (torch.randn(side, side, device=tower.device, dtype=tower.model.dtype) for _ in range(2))
     out = torch.empty_like(left)
     found = _measure(lambda: torch.mm(left, right, out=out), tower, seconds, 1)
-    return found.rate * 2.0 * side**3
+    return found.rate * (2.0 * float(side) ** 3)
 
 
 def _measure(work: Callable[[], object], tower: Tower, seconds: float, pictures: int | None = None) -> Measured:

@@ -59,18 +59,25 @@ class Calibration:
     sets: dict[str, list[float]]
     """Name of a set of pictures → their similarities, rising."""
 
+    def precision_recall(self, threshold: float) -> tuple[float, float]:
+        """Of what counts as a placeholder at a threshold, how much is one; and how many of them do count."""
+        pictures = np.array([*self.sets[SCENES], *self.sets[INPUT]])
+        return precision_recall(np.array(self.sets[PLACEHOLDERS]), pictures, threshold)
+
     def table(self, threshold: float) -> list[dict[str, object]]:
         """One record for each set: how many pictures, how many at or above a threshold, and where they lie."""
         return [
             {
                 "set": name,
                 "pictures": len(values),
-                "at or above the threshold": int(np.sum(np.array(values) >= threshold)),
+                "at or above the threshold": above,
+                "share": round(above / len(values), 4),
                 "lowest": values[0],
-                "median": float(np.median(values)),
+                "median": round(float(np.median(values)), 4),
                 "highest": values[-1],
             }
             for name, values in self.sets.items()
+            for above in [int(np.sum(np.array(values) >= threshold))]
             if values
         ]
 

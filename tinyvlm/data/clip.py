@@ -134,7 +134,7 @@ class Tower:
         if not self._on_gpu:
             return Running(results, None, len(pixels))
         on_host = [None if t is None else _to_host(t) for t in results]
-        done = torch.cuda.Event()
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return Running(on_host, done, len(pixels))
 
@@ -258,7 +258,9 @@ def _interpolate_positions(model: Any, side: int) -> None:
     num_patches = (side // embeddings.patch_size) ** 2
     shaped = embeddings.class_embedding.new_empty((1, 1 + num_patches, embeddings.embed_dim))
     positions = embeddings.interpolate_pos_encoding(shaped, side, side)[0]
-    embeddings.position_embedding = torch.nn.Embedding.from_pretrained(positions.contiguous(), freeze=True)
+    table = torch.nn.Embedding(len(positions), embeddings.embed_dim, device=positions.device)
+    table.weight.copy_(positions)
+    embeddings.position_embedding = table.requires_grad_(False)
     embeddings.position_ids = torch.arange(1 + num_patches, device=positions.device).expand((1, -1))
     embeddings.image_size, embeddings.num_patches, embeddings.num_positions = side, num_patches, 1 + num_patches
     model.config.image_size = side

@@ -17,6 +17,7 @@ from tinyvlm.data.calibrate import Calibration
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import StageError
 from tinyvlm.folders import scan
+from tinyvlm.schema import OK
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -51,6 +52,7 @@ def statistics(
         "key",
         "status",
         "detail",
+        "sha256",
         "similarity",
         "encoder",
         *(("feature_error", "feature_cosine") if is_packed else ()),
@@ -100,7 +102,7 @@ class _Seen:
         self.num_placeholders = self.num_measured = self.num_like = 0
         self.histogram: NDArray[np.int64] = np.zeros(len(_EDGES) - 1, np.int64)
         self.around: list[dict[str, Any]] = []
-        """The rows nearest to the threshold, the most placeholder-like first."""
+        """The rows nearest to the threshold among those that it decides about, the most placeholder-like first."""
         self._losses: list[tuple[float, ...]] = []
 
     def add(self, rows: pa.Table) -> None:
@@ -114,7 +116,8 @@ class _Seen:
         self.num_measured += len(similarity)
         self.num_like += int(np.sum(similarity >= np.float32(self.threshold)))
         self.histogram += np.histogram(similarity.clip(_EDGES[0], _EDGES[-1]), _EDGES)[0]
-        self._keep_nearest(measured.select(["key", "status", "similarity"]))
+        is_open = pc.is_in(measured["status"], pa.array([OK, "placeholder.clip"]))
+        self._keep_nearest(measured.select(["key", "status", "sha256", "similarity"]).filter(is_open))
         if "feature_error" in rows.column_names and measured.num_rows:
             error, cosine = measured["feature_error"].to_numpy(), measured["feature_cosine"].to_numpy()
             losses = (float(value) for value in (error.sum(), error.max(), cosine.sum(), cosine.min()))
@@ -136,6 +139,7 @@ class _Seen:
 
     def _keep_nearest(self, rows: pa.Table) -> None:
         ordered = sorted([*self.around, *_near(rows, self.threshold)], key=lambda row: (-row["similarity"], row["key"]))
+        ordered = list({row["sha256"] or row["key"]: row for row in reversed(ordered)}.values())[::-1]
         num_above = sum(row["similarity"] >= np.float32(self.threshold) for row in ordered)
         self.around = ordered[max(0, num_above - EACH_SIDE) : num_above + EACH_SIDE]
 
@@ -157,14 +161,13 @@ def _review(folder: Path, around: Sequence[dict[str, Any]]) -> list[dict[str, st
 def _calibration(calibration: Calibration | None, threshold: float) -> dict[str, Any]:
     if calibration is None:
         return {}
-    return {
-        "calibration": {
-            "threshold": calibration.threshold,
-            "precision": calibration.precision,
-            "recall": calibration.recall,
-        },
-        "calibration_sets": calibration.table(threshold),
-    }
+    by_threshold = {"used": threshold, "measured for this tower": calibration.threshold}
+    told = [
+        {"threshold": name, "similarity": value, "precision": round(precision, 4), "recall": round(recall, 4)}
+        for name, value in by_threshold.items()
+        for precision, recall in [calibration.precision_recall(value)]
+    ]
+    return {"calibration": told, "calibration_sets": calibration.table(threshold)}
 
 
 def _calibration_chart(calibration: Calibration, counts: NDArray[np.int64], threshold: float) -> dict[str, Any]:

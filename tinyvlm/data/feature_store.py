@@ -101,7 +101,7 @@ def _float8_values() -> NDArray[np.float32]:
     exponent, fraction = (bits >> 3) & 0xF, (bits & 7) / 8
     value = sign * np.where(exponent, np.exp2(exponent - 7.0) * (1 + fraction), np.exp2(-6.0) * fraction)
     value[(bits & 0x7F) == 0x7F] = np.nan
-    return value.astype(np.float32)
+    return np.asarray(value, np.float32)
 
 
 _FLOAT8 = _float8_values()

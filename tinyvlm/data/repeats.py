@@ -81,14 +81,14 @@ def find_repeats(folder: Path, *, repeated_links: int, similar_links: int, redir
     counted = {column: max(2, number // 8) if column == "phash" else number for column, number in least.items()}
     seen = _count(paths, counted)
     frequent = {
-        column: [value for value, links in seen[column].items() if links.number >= least[column]]
+        column: frozenset(str(value) for value, links in seen[column].items() if links.number >= least[column])
         for column in least
         if column != "phash"
     }
     hashes, thumbs = _looks(paths, seen["phash"], similar_links) if similar_links else ([], [])
     return Repeats(
-        frozenset(frequent.get("sha256", ())),
-        frozenset(frequent.get("final_url", ())),
+        frequent.get("sha256", frozenset()),
+        frequent.get("final_url", frozenset()),
         np.array(hashes, np.uint64),
         np.array(thumbs, np.uint8).reshape(-1, THUMB, THUMB, 3),
     )
@@ -188,7 +188,7 @@ def _with(rows: pa.Table, column: str) -> pa.Table:
 def _numbers(values: pa.ChunkedArray) -> NDArray[np.uint64]:
     """(V,): a number for each value, the same for the same value within this process."""
     if pa.types.is_integer(values.type):
-        return values.to_numpy()
+        return np.asarray(values.to_numpy(), np.uint64)
     return np.fromiter(map(hash, values.to_pylist()), np.int64, len(values)).view(np.uint64)
 
 
