@@ -489,3 +489,28 @@ def test_the_review_sheet_shows_different_pictures_that_the_threshold_decides_ab
         assert [item["caption"].split()[1] for item in items] == shown
         similarity = [float(item["caption"].split()[0]) for item in items]
         assert similarity == sorted(similarity, reverse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("storage", ["float16", "int8", "fp8"])
+def test_a_gpu_gives_what_the_cpu_gives(storage: str) -> None:
+    """Pinned copies, batches in flight and lower precision: the same pictures in the same order."""
+    config = EncodeConfig(dtype="float32", batch_size=4, references=("no_image",), feature_storage=storage)  # type: ignore[arg-type]
+    size = PictureConfig()
+    rows = preprocessed([to_jpeg(picture(seed, 448, 448), 95) for seed in range(18)] + [b"broken"])
+    ok = rows.slice(0, 18)
+    stages = []
+    for dtype, device in (("float32", "cpu"), ("float32", "cuda"), ("bfloat16", "cuda")):
+        stage = Encode(dataclasses.replace(config, dtype=dtype, placeholder_threshold=2.0), size)  # type: ignore[arg-type]
+        stage.tower = Tower(stage.config, size, large(2).to(device))
+        stages.append(stage)
+    exact, same, near = (unpack(stage(ok)) for stage in stages)
+    for found, tolerance in ((same, 1e-3), (near, 2e-2)):
+        if storage == "float16":
+            apart = np.linalg.norm((found - exact).reshape(18, -1), axis=1) / np.linalg.norm(
+                exact.reshape(18, -1), axis=1
+            )
+            assert apart.max() < tolerance
+        assert np.argmax(found.reshape(18, -1) @ exact.reshape(18, -1).T, axis=1).tolist() == list(range(18))
+    assert stages[1](rows)["status"].to_pylist() == ["ok"] * 18 + ["not_image"]

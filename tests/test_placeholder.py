@@ -18,7 +18,7 @@ from tinyvlm import recipes, schema
 from tinyvlm.data import calibrate, repeats
 from tinyvlm.data.calibrate import choose_threshold, precision_recall
 from tinyvlm.data.encode import Encode, EncodeConfig
-from tinyvlm.data.placeholder import DESIGNS, reference_pictures, spread, without_padding
+from tinyvlm.data.placeholder import DESIGNS, is_plain, reference_pictures, spread, without_padding
 from tinyvlm.data.repeats import find_repeats
 from tinyvlm.errors import ConfigError
 from tinyvlm.images import LimitConfig, PictureConfig, decode, perceptual_hash, square, to_jpeg
@@ -149,7 +149,20 @@ def test_plain_pictures_are_told_from_small_things_and_snow() -> None:
     for seed in range(20):
         assert spread(np.asarray(decode(to_jpeg(shape(seed), 95), LimitConfig()))) > 20
         assert spread(np.asarray(decode(to_jpeg(snow(seed), 95), LimitConfig()))) > 6
+        assert not is_plain(np.asarray(snow(seed)), 4)
     assert all(spread(np.asarray(image)) > 10 for image in reference_pictures(tuple(DESIGNS)))
+
+
+def test_the_short_way_to_plain_gives_the_same_answer() -> None:
+    rng = np.random.default_rng(0)
+    for side in (64, 336):
+        for noise in (0.0, 0.5, 1.0, 1.2, 1.4, 2.0, 5.0):
+            for ground in (0, 128, 250):
+                field = np.full((side, side, 3), ground, np.float64) + rng.normal(0, noise, (side, side, 3))
+                for extent in (0, 1, 2, 5, side // 3):
+                    field[:extent, :extent] = 90
+                    pixels = field.clip(0, 255).astype(np.uint8)
+                    assert is_plain(pixels, 4) == (spread(pixels) <= 4)
 
 
 def test_padding_is_not_taken_for_something_to_see() -> None:

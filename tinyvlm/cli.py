@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from tinyvlm.bench import encode as bench_encode
+    from tinyvlm.bench import encode
 
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -47,13 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path)
     verify.set_defaults(run=_verify)
 
+    bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    encode.add_arguments(benches.add_parser("encode", help="pictures a second through a vision tower"))
+
     recipe = commands.add_parser("recipe", help="print a recipe as JSON, with --set applied")
     recipe.add_argument("name")
     recipe.add_argument("--set", action="append", default=[], metavar="A.B=V")
     recipe.set_defaults(run=_recipe)
-
-    benches = commands.add_parser("bench", help="measure this machine").add_subparsers(required=True, metavar="WHAT")
-    bench_encode.add_options(benches.add_parser("encode", help="pictures a second through a vision tower"))
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Measurements of this machine with the library's own code and nothing else: `tinyvlm bench …`."""
+"""Measurements that a person starts: `tinyvlm bench …`.  Each compares things in one run on one machine."""

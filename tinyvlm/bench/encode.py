@@ -62,7 +62,7 @@ class Measured:
         return self.pictures / self.seconds
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--vision", metavar="CLIP", help="a checkpoint: local folder, hub id or toy:clip")
     parser.add_argument("--random", choices=LAYOUTS, help="this layout with random weights (L/14; without a GPU B/32)")

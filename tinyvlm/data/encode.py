@@ -38,7 +38,7 @@ from tinyvlm import config as settings_of
 from tinyvlm import schema
 from tinyvlm.data import calibrate, encode_report, towers
 from tinyvlm.data.calibrate import Calibration
-from tinyvlm.data.placeholder import DESIGNS, spread, without_padding
+from tinyvlm.data.placeholder import DESIGNS, is_plain, without_padding
 from tinyvlm.data.prefetch import prefetch
 from tinyvlm.data.rejudge import EarlierRows, judge
 from tinyvlm.data.repeats import Repeats, find_repeats
@@ -291,7 +291,7 @@ class Encode(Stage):
         if config.plain_levels:
             padded = row["fit"] == "pad" and row["original_width"] and row["original_height"]
             shown = without_padding(pixels, row["original_width"], row["original_height"]) if padded else pixels
-            if spread(shown) <= config.plain_levels:
+            if is_plain(shown, config.plain_levels):
                 return "placeholder.plain", "nearly one colour"
         return None
 

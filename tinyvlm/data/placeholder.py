@@ -44,11 +44,24 @@ def spread(pixels: NDArray[np.uint8]) -> float:
     smallest shape on a plain ground covers more than a thousandth, and a snow field has its shades.
     """
     step = max(1, len(pixels) // 128)
-    cells = np.asarray(Image.fromarray(pixels).reduce(step)) if step > 1 else pixels
-    flat = cells.reshape(-1, 3).astype(np.int16)
-    away = np.abs(flat - np.median(flat, axis=0).astype(np.int16)).max(axis=-1)
+    away = _from_median(np.asarray(Image.fromarray(pixels).reduce(step)) if step > 1 else pixels)
     last = len(away) - 1 - len(away) // 1000
     return float(np.partition(away, last)[last])
+
+
+def is_plain(pixels: NDArray[np.uint8], levels: float) -> bool:
+    """Whether a picture's `spread` is within so many levels; nearly all are told by a few of their pixels."""
+    some = _from_median(pixels[:: max(1, len(pixels) // 24), :: max(1, pixels.shape[1] // 24)])
+    if np.count_nonzero(some > 2 * levels) > len(some) // 10:
+        return False
+    return spread(pixels) <= levels
+
+
+def _from_median(pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Each pixel's distance from the median colour, in the channel where it is largest."""
+    flat = pixels.reshape(-1, 3).astype(np.int16)
+    away: NDArray[np.int16] = np.abs(flat - np.median(flat, axis=0).astype(np.int16)).max(axis=-1)
+    return away
 
 
 def without_padding(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
