@@ -1,8 +1,8 @@
 """How fast this machine encodes pictures, and what share of its matrix rate that is: `tinyvlm bench encode`.
 
     matrix     two large matrices, in the same precision                          ──▶ TFLOP/s that the device can do
-    compute    pixels on the device ─▶ tower, pooling, similarity                 ──▶ pictures/s, TFLOP/s, share of it
-    copies     pixels on the host ──copy in─▶ the same ──copy out─▶ features      ──▶ pictures/s
+    compute    pixels on the device ─▶ tower, pooling, similarity ──copy out─▶    ──▶ pictures/s, TFLOP/s, share of it
+    copies     pixels on the host ──copy in─▶ the same, each batch awaited        ──▶ pictures/s
     stage      JPEG rows ──the stage as it is: decode, cheap signs, tower─▶ table ──▶ pictures/s
     written    the same, and Parquet with zstd in the end                         ──▶ pictures/s
 
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("bench encode wants --seconds above 0 and a --batch of 1 or more.")
     stage = _stage(options)
     tower, config = stage.tower, stage.config
-    rows = _rows(max(4 * config.batch_size, 32), stage.picture.size)
+    rows = _rows(4 * config.batch_size, stage.picture.size)
     flops = flops_of_picture(tower.model.config.to_dict(), stage.picture.tower_size)
 
     pixels = np.stack([tower.pixels(image) for image in _images(config.batch_size, stage.picture.tower_size)])
