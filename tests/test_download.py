@@ -31,7 +31,7 @@ from tinyvlm.toy.web_server import build_app, running
 LIMITS = LimitConfig(max_bytes=300_000)
 PICTURE = PictureConfig(size=32, tower_size=32)
 FETCH = FetchConfig(
-    allow_hosts=("127.0.0.1",),
+    allow_hosts=("127.0.0.1", "localhost"),
     # Long enough for a very busy machine; the few links that never answer take this twice.
     read_timeout_s=3.0,
     total_timeout_s=3.5,

@@ -19,7 +19,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("config",), ("schema",)],
     [
         ("stage", "stage_run", "contract", "folders", "storage", "journal", "lease", "report", "charts"),
-        *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths",)),
+        *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),
     ],
     [("model",)],
     [("generation",), ("data",)],

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 import pyarrow as pa
 
 from tinyvlm.errors import ConfigError
+
+FeatureStorage = Literal["float16", "int8", "fp8"]
 
 OK = "ok"
 
@@ -159,14 +162,29 @@ EXPLORED = _row(
 """`confidence`: the label's share of the softmax over all labels; `top`: the likeliest labels, `label` first."""
 
 
-def encoded(num_tokens: int, width: int) -> pa.Schema:
-    """Preprocessed rows plus `similarity` to the nearest reference placeholder and K×D half-precision features."""
+def encoded(num_tokens: int, width: int, storage: FeatureStorage = "float16") -> pa.Schema:
+    """Preprocessed rows with what the vision tower says of them.
+
+    `similarity`: cosine to `reference`, the nearest reference placeholder.  `encoder`: fingerprint of the tower's
+    weights and of the preprocessing (`towers.encoder_fingerprint`).  `features`: K×D numbers, float16, int8 or the bits
+    of float8 (e4m3fn); in eight bits each token's are to be multiplied by its `feature_scale`, and `feature_error`
+    (relative L2) and `feature_cosine` say how near that comes (`feature_store.unpack` gives floats back).
+    """
+    value = {"float16": pa.float16(), "int8": pa.int8(), "fp8": pa.uint8()}[storage]
+    eight_bits = (
+        pa.field("feature_scale", pa.list_(pa.float32(), num_tokens)),
+        pa.field("feature_error", pa.float32()),
+        pa.field("feature_cosine", pa.float32()),
+    )
     return _row(
         *_CARRIED,
         pa.field("image", pa.binary()),
         pa.field("sha256", pa.string()),
         pa.field("similarity", pa.float32()),
-        pa.field("features", pa.fixed_shape_tensor(pa.float16(), (num_tokens, width))),
+        pa.field("reference", pa.string()),
+        pa.field("encoder", pa.string()),
+        pa.field("features", pa.fixed_shape_tensor(value, (num_tokens, width))),
+        *(() if storage == "float16" else eight_bits),
     )
 
 

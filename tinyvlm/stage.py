@@ -45,6 +45,8 @@ class Stage:
     """Rough size of an output row, for the check of free disk before the start."""
     folders: Mapping[str, str] = {}
     """Where each folder that the stage reads is; filled in by `StageRun`."""
+    folder: Path | None = None
+    """Where the output goes; filled in by `StageRun`."""
 
     def check(self) -> None:
         """Raise a TinyVLMError when the stage cannot work here; called before anything is written."""

@@ -77,6 +77,7 @@ class StageRun:
         identity = [stage.name, stage.version, settings.to_dict(stage.settings, with_speed=False), source.fingerprint]
         self.fingerprint = settings.fingerprint(identity)
         self.folder = self.root / f"{stage.name}-{self.fingerprint[:12]}"
+        self.stage.folder = self.folder
 
     @property
     def is_finished(self) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,8 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 """What file systems without hard links answer."""
 
 
-Content = str | bytes | memoryview | pa.Buffer
+Content: TypeAlias = Any
+"""str, bytes, memoryview or a buffer of pyarrow."""
 
 
 class Entry(NamedTuple):

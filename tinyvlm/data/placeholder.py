@@ -1,10 +1,11 @@
-"""Pictures that only say "there is no picture here": what gives them away.
+"""Pictures that only say "there is no picture here": the drawn references, and what one picture gives away.
 
-    repeated_pictures    the same bytes behind many different links             (cheap: only the columns sha256 and url)
     reference_pictures   drawn cards; the vision tower tells how near to one a picture comes       (clip.py, encode.py)
+    spread               how far a picture gets from a single colour
+    thumbnail            what pictures that are nearly the same have in common                     (repeats.py)
 
 The references are drawn by this code, so they carry nobody's rights; users add their own as files.  How near is too
-near depends on the tower and on the pictures, and has to be measured (see the encode stage's review sheet).
+near depends on the tower and on the pictures: calibrate.py measures it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,6 +22,8 @@ from tinyvlm.images import LimitConfig, PictureConfig, decode, square
 
 SIDE = 448
 """Side of a reference as drawn, px; it is scaled to whatever the tower reads."""
+THUMB = 16
+"""Side of a thumbnail, px."""
 
 _WHITE, _PALE, _GREY, _DARK = (255, 255, 255), (225, 226, 228), (160, 163, 168), (96, 99, 104)
 
@@ -37,27 +37,47 @@ def reference_pictures(names: Sequence[str]) -> list[Image.Image]:
     return [_draw(DESIGNS[name]) if name in DESIGNS else _read(name) for name in names]
 
 
-def repeated_pictures(folder: Path, min_links: int) -> set[str]:
-    """The sha256 of pictures that stand behind at least `min_links` different links of a stage folder."""
-    parts = sorted((folder / "data").glob("part-*.parquet"))
-    # Eight bytes of each hash find the candidates in little memory; whole hashes and links then decide.
-    starts = [_hash_starts(pq.read_table(path, columns=["sha256"])["sha256"]) for path in parts]
-    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *starts]), return_counts=True)
-    often = values[counts >= min_links]
-    links: dict[str, set[str]] = {}
-    for path, start in zip(parts, starts, strict=True):
-        places = np.flatnonzero(np.isin(start, often))
-        if len(places):
-            table = pq.read_table(path, columns=["sha256", "url"])
-            known = table.filter(pc.is_valid(table["sha256"])).take(places)
-            for digest, url in zip(known["sha256"].to_pylist(), known["url"].to_pylist(), strict=True):
-                links.setdefault(digest, set()).add(url)
-    return {digest for digest, urls in links.items() if len(urls) >= min_links}
+def spread(pixels: NDArray[np.uint8]) -> float:
+    """How far a picture gets from one colour, in levels of 0 … 255: near 0 there is nothing to see.
+
+    The distance from the median colour that one pixel in a thousand exceeds, in the channel where it is largest.  The
+    smallest shape on a plain ground covers more than a thousandth, and a snow field has its shades.
+    """
+    step = max(1, len(pixels) // 128)
+    away = _from_median(np.asarray(Image.fromarray(pixels).reduce(step)) if step > 1 else pixels)
+    last = len(away) - 1 - len(away) // 1000
+    return float(np.partition(away, last)[last])
 
 
-def _hash_starts(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
-    known = hashes.drop_null().to_pylist()
-    return np.array([int(digest[:16], 16) for digest in known], np.uint64)
+def is_plain(pixels: NDArray[np.uint8], levels: float) -> bool:
+    """Whether a picture's `spread` is within so many levels; nearly all are told by a few of their pixels."""
+    some = _from_median(pixels[:: max(1, len(pixels) // 24), :: max(1, pixels.shape[1] // 24)])
+    if np.count_nonzero(some > 2 * levels) > len(some) // 10:
+        return False
+    return spread(pixels) <= levels
+
+
+def _from_median(pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Each pixel's distance from the median colour, in the channel where it is largest."""
+    flat = pixels.reshape(-1, 3).astype(np.int16)
+    away: NDArray[np.int16] = np.abs(flat - np.median(flat, axis=0).astype(np.int16)).max(axis=-1)
+    return away
+
+
+def without_padding(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """The part of a padded square picture that the original of this size covers (see `images.square`)."""
+    side, longer = len(pixels), max(width, height)
+    wide, high = max(1, side * width // longer), max(1, side * height // longer)
+    left, top = (side - wide) // 2, (side - high) // 2
+    # Near the seam, scaling and JPEG have left traces of the padding.
+    seam = 2 + side // 64
+    inset_x, inset_y = (min(seam, extent // 4) if extent < side else 0 for extent in (wide, high))
+    return pixels[top + inset_y : top + high - inset_y, left + inset_x : left + wide - inset_x]
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(S, S, 3) → (16, 16, 3), means of cells: by these two pictures are compared."""
+    return np.asarray(Image.fromarray(pixels).resize((THUMB, THUMB), Image.Resampling.BOX))
 
 
 def _read(path: str) -> Image.Image:

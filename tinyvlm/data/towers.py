@@ -5,13 +5,18 @@ The stages check their settings with this before anything is written; hub ids ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tinyvlm import config as settings
 from tinyvlm.errors import CheckpointError, ConfigError
-from tinyvlm.images import PictureConfig
+from tinyvlm.images import CLIP_MEAN, CLIP_STD, PictureConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def place(name: str) -> str:
@@ -55,6 +60,38 @@ def check_size(shape: Mapping[str, Any], picture: PictureConfig, setting: str) -
             f"picture.tower_size is {picture.tower_size}, but {setting} reads {reads} px; "
             f"set picture.tower_size={reads}."
         )
+
+
+def check_patches(shape: Mapping[str, Any], picture: PictureConfig, setting: str) -> None:
+    """Refuse a size that is no multiple of the patch: positions can be interpolated, parts of patches cannot.
+
+    Raises:
+        ConfigError: naming the nearest size that fits.
+    """
+    patch = int(shape.get("patch_size", 32))
+    if picture.tower_size % patch:
+        near = max(1, round(picture.tower_size / patch)) * patch
+        raise ConfigError(
+            f"picture.tower_size is {picture.tower_size}, which is no multiple of the {patch} px patches of {setting}; "
+            f"set picture.tower_size={near}."
+        )
+
+
+def encoder_fingerprint(weights: Mapping[str, Tensor], picture: PictureConfig, num_image_tokens: int) -> str:
+    """16 hex digits that name what makes features: the vision tower's weights, the preprocessing and the pooling.
+
+    `weights` is the tower's `state_dict`, before positions are interpolated.  They are taken as float32, so that a
+    checkpoint has one fingerprint whatever precision it is loaded in, as long as loading loses nothing; the final layer
+    norm plays no part in features and is left out.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if "post_layernorm" not in name:
+            values = weights[name].detach().float().cpu().contiguous()
+            digest.update(f"{name} {tuple(values.shape)} ".encode())
+            digest.update(values.numpy().data)
+    pixels = {"picture": settings.to_dict(picture), "mean": CLIP_MEAN, "deviation": CLIP_STD}
+    return settings.fingerprint([digest.hexdigest(), pixels, num_image_tokens])[:16]
 
 
 def check_width(shape: Mapping[str, Any], feature_width: int, setting: str) -> None:

@@ -35,8 +35,8 @@ class Kind:
 LIVE = {
     "picture": Kind("{base}/pictures/{split}/{image_id}.png", 0.95, "ok"),
     "moved": Kind("{base}/moved/{split}/{image_id}.png", 0.03, "ok"),
-    "busy_503": Kind("{base}/busy-503/{split}/{image_id}.png", 0.01, "ok"),
-    "busy_429": Kind("{base}/busy-429/{split}/{image_id}.png", 0.01, "ok"),
+    "busy_503": Kind("{busy}/busy-503/{split}/{image_id}.png", 0.01, "ok"),
+    "busy_429": Kind("{busy}/busy-429/{split}/{image_id}.png", 0.01, "ok"),
 }
 PLACEHOLDER = {"placeholder": Kind("{base}/placeholder/{n}.png", 0.03, "ok")}
 DEAD = {
@@ -100,6 +100,8 @@ def write_links(
     statistics and tests only.  `num_pictures` makes a small list of about that many live rows, with at least one row
     of each kind of trouble.
     """
+    # A host of its own: one that asks for a pause is not asked at all in the meantime.
+    busy_url = base_url.replace("127.0.0.1", "localhost")
     rng = random.Random(seed)
     rows = _live_rows(_choose(find_pictures(folder), num_pictures), rng)
     num_all = round(len(rows) / LIVE_SHARE)
@@ -111,7 +113,7 @@ def write_links(
         address = KINDS[str(row["kind"])].address
         row["key"] = key
         row["image_url"] = address.format(
-            base=base_url, closed=closed_port, n=key, split=row["split"], image_id=row["image_id"]
+            base=base_url, busy=busy_url, closed=closed_port, n=key, split=row["split"], image_id=row["image_id"]
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path)
