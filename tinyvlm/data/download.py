@@ -27,6 +27,7 @@ from tinyvlm.errors import ConfigError
 from tinyvlm.folders import part_paths, scan
 from tinyvlm.journal import Journal
 from tinyvlm.stage import Stage
+from tinyvlm.storage import readable
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
@@ -171,7 +172,7 @@ def _stored_bytes(folder: Path) -> int:
     """Size of the image column, from the files' footers."""
     total = 0
     for path in part_paths(folder):
-        footer = pq.read_metadata(path)
+        footer = pq.read_metadata(readable(path))
         column = footer.schema.to_arrow_schema().get_field_index("image")
         groups = (footer.row_group(group) for group in range(footer.num_row_groups))
         total += sum(group.column(column).total_uncompressed_size for group in groups)

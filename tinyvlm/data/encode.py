@@ -34,6 +34,7 @@ from tinyvlm.errors import ConfigError
 from tinyvlm.folders import scan
 from tinyvlm.images import ImageError, PictureConfig
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from tinyvlm.data.clip import Tower
@@ -117,7 +118,7 @@ class Encode(Stage):
         source = self.folders.get("preprocess")
         if not self.config.repeated_links or source is None:
             return set()
-        return repeated_pictures(Path(source), self.config.repeated_links)
+        return repeated_pictures(address(source), self.config.repeated_links)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("tower", "repeated")}

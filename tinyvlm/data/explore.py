@@ -26,6 +26,7 @@ from tinyvlm.folders import scan
 from tinyvlm.images import PictureConfig
 from tinyvlm.labels import Label, load_labels
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from tinyvlm.data.clip import Labeller
@@ -154,7 +155,7 @@ class Explore(Stage):
         places = np.linspace(0, max(0, table.num_rows - 1), min(num_pictures, table.num_rows)).astype(int)
         chosen = table.take(places).to_pylist()
         source = self.folders.get("preprocess")
-        rows = rows_by_key(Path(source), [row["key"] for row in chosen], ("image",)) if source else {}
+        rows = rows_by_key(address(source), [row["key"] for row in chosen], ("image",)) if source else {}
         return [
             sheet_item(f"{row['label']} {row['confidence']:.2f}", rows.get(row["key"], {}).get("image"))
             for row in chosen

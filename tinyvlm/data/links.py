@@ -10,8 +10,8 @@ fingerprint covers the settings and the bytes of the input files.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +32,18 @@ from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
 from tinyvlm.data.routing import Router, SortedParts
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import Input, Manifest, close_folder, describe, git_commit, point_latest, require_space, tidy
+from tinyvlm.folders import (
+    Input,
+    Manifest,
+    close_folder,
+    describe,
+    git_commit,
+    is_finished,
+    point_latest,
+    require_space,
+)
 from tinyvlm.lease import Lease
+from tinyvlm.upkeep import tidy
 
 STAGE = "links"
 VERSION = 2
@@ -80,10 +90,10 @@ def open_links(path: Path, config: LinksConfig, root: Path) -> Input:
         DataError: the list is missing, unreadable, empty, or lacks a column; nothing is left behind that counts.
     """
     files = find_files(path, config)
-    identity = [STAGE, VERSION, settings.to_dict(config), [_digest(file) for file in files]]
+    identity = [STAGE, VERSION, settings.to_dict(config), [storage.sha256(file) for file in files]]
     fingerprint = settings.fingerprint(identity)
     folder = root.absolute() / f"{STAGE}-{fingerprint[:12]}"
-    if not (folder / "manifest.json").is_file():
+    if not is_finished(folder):
         _make_folder(folder, files, config, fingerprint)
     point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
@@ -102,13 +112,15 @@ def find_files(path: Path, config: LinksConfig) -> list[Path]:
     Raises:
         DataError: as `open_links`.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name[0] not in "._")
+    is_file = storage.is_file(path)
+    names = [] if is_file else list(storage.sizes(path))
+    if names or (not storage.is_object(path) and path.is_dir()):
+        files = [path / name for name in names if Path(name).suffix in SUFFIXES and name[0] not in "._"]
         if not files:
             raise DataError(f"A list of links wants {', '.join(SUFFIXES)} files, but the folder {path} has none.")
-    elif path.is_file() and path.suffix in SUFFIXES:
+    elif is_file and path.suffix in SUFFIXES:
         files = [path]
-    elif path.is_file():
+    elif is_file:
         raise DataError(f"A list of links wants a {', '.join(SUFFIXES)} file, but got {path.name}; convert it first.")
     else:
         raise DataError(f"There is no list of links at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
@@ -128,14 +140,14 @@ def _make_folder(folder: Path, files: list[Path], config: LinksConfig, fingerpri
     """Write the folder as its only writer; a bad list leaves nothing behind."""
     require_space(folder.parent, 0, STAGE)
     with Lease.take(folder) as lease:
-        if (folder / "manifest.json").is_file():  # another driver's, since we looked
+        if is_finished(folder):  # another driver's, since we looked
             return
         try:
-            storage.remove(folder / "data")  # of somebody who was killed
+            storage.remove_tree(folder / "data")  # of somebody who was killed
             tidy(folder)
             manifest = _write_parts(folder, files, config, fingerprint)
         except DataError:
-            storage.remove(folder)
+            storage.remove_tree(folder)
             raise
         Lease.check(folder, lease.number)
         numbers = {"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "seconds": manifest.seconds}
@@ -148,7 +160,7 @@ def _write_parts(folder: Path, files: list[Path], config: LinksConfig, fingerpri
     num_rows = 0
     all_keys: list[NDArray[np.int64]] = []
     router = Router(config.rows_per_part)
-    for index, table in enumerate(_routed(files, config, folder / ".sorting.tmp", router)):
+    for index, table in enumerate(_routed(files, config, folder, router)):
         num_rows += table.num_rows
         if config.key_column is not None:
             all_keys.append(table["key"].to_numpy())
@@ -180,11 +192,21 @@ def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router
     """The list's rows as parts: hosts together, copies of a link in one part (see routing.py)."""
     for urls in _urls(files, config):
         router.count(urls)
-    with SortedParts(folder, schema.LINKS, router.num_rows) as parts:
+    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, router.num_rows) as parts:
         for rows in _rows(files, config):
             parts.add(rows, router.routes(rows))
         yield from parts.parts(config.rows_per_part)
-    storage.remove(folder)
+
+
+@contextmanager
+def _sorting(folder: Path) -> Iterator[Path]:
+    """Room on a disk for sorting: where the folder lies, if it lies on one."""
+    if storage.is_object(folder):
+        with tempfile.TemporaryDirectory(prefix="tinyvlm-sorting-") as scratch:
+            yield Path(scratch) / "sorting"
+    else:
+        yield folder / ".sorting.tmp"
+        storage.remove_tree(folder / ".sorting.tmp")
 
 
 def _urls(files: list[Path], config: LinksConfig) -> Iterator[pa.ChunkedArray]:
@@ -253,7 +275,7 @@ def _check_unique(all_keys: list[NDArray[np.int64]], config: LinksConfig) -> Non
 
 
 def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
-    with storage.Draft(path) as draft:
+    with storage.draft(path) as draft:
         draft.write_table(table.combine_chunks(), compression="zstd")
         with draft.content() as content:
             described = describe(content)
@@ -262,29 +284,31 @@ def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
 
 
 def _column_names(file: Path) -> list[str]:
+    source = storage.readable(file)
     if file.suffix == ".parquet":
-        names = pq.read_schema(file).names
+        names = pq.read_schema(source).names
     elif file.suffix == ".csv":
-        with pa_csv.open_csv(file, parse_options=_csv_parsing(), read_options=_csv_reading()) as reader:
+        with pa_csv.open_csv(source, parse_options=_csv_parsing(), read_options=_csv_reading()) as reader:
             names = reader.schema.names
     else:
-        with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
+        with pa_json.open_json(source, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
             names = reader.schema.names
     return [str(name) for name in names]
 
 
 def _batches(file: Path, config: LinksConfig, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a file, a little at a time."""
+    source = storage.readable(file)
     if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(source) as parquet:
             yield from parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
     elif file.suffix == ".csv":
         texts = {name: pa.string() for name in (config.url_column, config.caption_column) if name in columns}
         converting = pa_csv.ConvertOptions(include_columns=columns, column_types=texts)
-        with pa_csv.open_csv(file, _csv_reading(), _csv_parsing(), converting) as reader:
+        with pa_csv.open_csv(source, _csv_reading(), _csv_parsing(), converting) as reader:
             yield from reader
     else:
-        with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
+        with pa_json.open_json(source, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
             for batch in reader:
                 yield batch.select(columns)
 
@@ -305,8 +329,3 @@ def _reading(file: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {reason}") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tinyvlm.errors import ConfigError
+from tinyvlm.folders import part_paths
 from tinyvlm.images import LimitConfig, PictureConfig, decode, square
+from tinyvlm.storage import readable
 
 SIDE = 448
 """Side of a reference as drawn, px; it is scaled to whatever the tower reads."""
@@ -39,16 +41,16 @@ def reference_pictures(names: Sequence[str]) -> list[Image.Image]:
 
 def repeated_pictures(folder: Path, min_links: int) -> set[str]:
     """The sha256 of pictures that stand behind at least `min_links` different links of a stage folder."""
-    parts = sorted((folder / "data").glob("part-*.parquet"))
+    parts = part_paths(folder)
     # Eight bytes of each hash find the candidates in little memory; whole hashes and links then decide.
-    starts = [_hash_starts(pq.read_table(path, columns=["sha256"])["sha256"]) for path in parts]
+    starts = [_hash_starts(pq.read_table(readable(path), columns=["sha256"])["sha256"]) for path in parts]
     values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *starts]), return_counts=True)
     often = values[counts >= min_links]
     links: dict[str, set[str]] = {}
     for path, start in zip(parts, starts, strict=True):
         places = np.flatnonzero(np.isin(start, often))
         if len(places):
-            table = pq.read_table(path, columns=["sha256", "url"])
+            table = pq.read_table(readable(path), columns=["sha256", "url"])
             known = table.filter(pc.is_valid(table["sha256"])).take(places)
             for digest, url in zip(known["sha256"].to_pylist(), known["url"].to_pylist(), strict=True):
                 links.setdefault(digest, set()).add(url)

@@ -20,8 +20,9 @@ import pyarrow as pa
 
 from tinyvlm import images, schema
 from tinyvlm.errors import ConfigError
-from tinyvlm.folders import Manifest, read_rows, scan
+from tinyvlm.folders import Manifest, part_paths, read_rows, scan
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
@@ -117,7 +118,7 @@ class Preprocess(Stage):
         """The picture settings with which `download` finished its pictures; empty when it kept originals."""
         if "download" not in self.folders:
             return {}
-        made: dict[str, Any] = Manifest.read(Path(self.folders["download"])).settings.get("picture", {})
+        made: dict[str, Any] = Manifest.read(address(self.folders["download"])).settings.get("picture", {})
         return made
 
     def _outcome(self, row: dict[str, Any]) -> tuple[str, str | None, bytes | None, images.Fit | None]:
@@ -137,7 +138,7 @@ class Preprocess(Stage):
 
 def _samples(folder: Path) -> list[dict[str, str]]:
     """About a dozen finished pictures, from parts all over the folder."""
-    paths = sorted((folder / "data").glob("part-*.parquet"))
+    paths = part_paths(folder)
     num_chosen = min(NUM_SAMPLES, len(paths))
     chosen = [paths[index * len(paths) // num_chosen] for index in range(num_chosen)]
     each = -(-NUM_SAMPLES // max(1, num_chosen))
