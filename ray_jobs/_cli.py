@@ -29,6 +29,7 @@ from tinyvlm.recipes import Recipe, load
 from tinyvlm.schema import statuses_of
 from tinyvlm.stage import Stage, open_input
 from tinyvlm.stage_run import StageRun
+from tinyvlm.storage import address
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: S
     """
     parser = _Parser(prog=f"python -m ray_jobs.{stage_name}", description=f"Run the stage {stage_name!r}.")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of tinyvlm.recipes, or a JSON file")
-    parser.add_argument("--input", type=Path, action="append", metavar="FOLDER", help="what is read; may be repeated")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the stage's folder is made")
+    parser.add_argument(
+        "--input", type=address, action="append", metavar="FOLDER", help="what is read; may be repeated"
+    )
+    parser.add_argument("--output", type=address, metavar="FOLDER", help="where the stage's folder is made")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="a setting; may be repeated")
     parser.add_argument("--workers", type=_count, metavar="N", help="size of the pool; default: as many as fit")
     parser.add_argument("--dry-run", action="store_true", help="print recipe, plan and resources, and do nothing")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvlm.errors import ClusterError
+from tinyvlm.storage import is_object
 
 LOCAL_CPUS = 8
 """Logical CPUs of a local Ray: pools ask for fractions of them, and must fit beside Ray's own actors."""
@@ -138,7 +139,9 @@ def threads_per_worker(ray: Any, size: int, resources: StageResources) -> int:
 
 
 def require_shared(ray: Any, root: Path) -> None:
-    """Raises ClusterError when some node does not see what this one writes to `root`."""
+    """Raises ClusterError when some node does not see what this one writes to `root`; an object store is for all."""
+    if is_object(root):
+        return
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return

@@ -24,7 +24,7 @@ from ray_jobs import _cluster
 from ray_jobs._cluster import StageResources
 from ray_jobs._metrics import StageMetrics
 from ray_jobs._progress import Progress, many
-from tinyvlm import errors
+from tinyvlm import errors, storage
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest, Part, PartResult, write_atomic
 from tinyvlm.stage_run import StageRun
@@ -56,7 +56,7 @@ def run_stage(run: StageRun, workers: int | None, resources: StageResources) -> 
         _cluster.require_shared(ray, run.root)
         pool = _Pool(ray, run, size, resources, _cluster.threads_per_worker(ray, size, resources))
         manifest = run.carry_out(pool.execute)
-    (run.folder / ERROR_FILE).unlink(missing_ok=True)
+    storage.remove(run.folder / ERROR_FILE)
     return manifest
 
 
@@ -108,7 +108,8 @@ class PartWorker:
                     "killed or crashed, often for want of memory; try fewer --workers or look at that part."
                 )
             result = run.work(part, self.lease_number)
-            _attempts_file(run, part).unlink(missing_ok=True)
+            for number in range(attempts):
+                storage.remove(_attempt_file(run, part, number))
             return dataclasses.asdict(result)
         except TinyVLMError as error:
             return _failure(error)
@@ -186,17 +187,18 @@ def _nothing(parts: list[Part], lease_number: int) -> Iterable[PartResult]:
     return ()
 
 
-def _attempts_file(run: StageRun, part: Part) -> Path:
+def _attempt_file(run: StageRun, part: Part, number: int) -> Path:
     # Named like a leftover, so that each new run counts from zero.
-    return run.folder / "data" / f".{part.file_name}.attempts.tmp"
+    return run.folder / "data" / f".{part.file_name}.attempt{number}.tmp"
 
 
 def _count_attempt(run: StageRun, part: Part) -> int:
-    path = _attempts_file(run, part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(b"x")
-        return file.tell()
+    """How often a worker has begun this part in this run, this time included."""
+    for number in range(MAX_ATTEMPTS):
+        with contextlib.suppress(FileExistsError):
+            storage.touch(_attempt_file(run, part, number))
+            return number + 1
+    return MAX_ATTEMPTS + 1
 
 
 def _failure(error: TinyVLMError) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,32 @@ def local_ray() -> Iterator[Any]:
 def python() -> list[str]:
     """The command of a fresh interpreter that can import this checkout."""
     return [sys.executable, "-u"]
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[None]:
+    """An S3 of the tests' own on this machine, which the environment points to."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "the-tests-key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "the-tests-secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store: None) -> Path:
+    """An empty bucket of `object_store`."""
+    from tinyvlm.storage import address
+
+    place: Any = address(f"s3://test-{uuid.uuid4().hex}")
+    place.fs.mkdir(place.path)
+    return place

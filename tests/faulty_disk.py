@@ -1,4 +1,4 @@
-"""A disk that fails at one chosen operation, and a server that runs victims on it.
+"""A disk and an object store that fail at one chosen operation, and a server that runs victims on them.
 
     test ──one case a line──▶ server ──fork──▶ victim: a command on a FaultyDisk ──▶ how it ended
 
@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from tinyvlm import storage
+from tinyvlm import object_store, storage
 from tinyvlm.errors import TinyVLMError
 
 DIED, REFUSED, FINISHED, BROKE = 9, 3, 0, 4
@@ -113,6 +113,32 @@ class FaultyDisk(storage.Disk):
             os._exit(DIED)
 
 
+class FaultyStore(object_store.ObjectStore):
+    """The same for an object store, where a put is whole or was not."""
+
+    def __init__(self, mode: str, at: int) -> None:
+        self.mode, self.at, self.names = mode, at, list[str]()
+
+    def put(self, path: Path, content: bytes, *, new: bool = False) -> None:
+        self._step("put", path, lambda: super(FaultyStore, self).put(path, content, new=new))
+
+    def remove(self, path: Path) -> None:
+        self._step("remove", path, lambda: super(FaultyStore, self).remove(path))
+
+    def remove_tree(self, path: Path) -> None:
+        self._step("remove_tree", path, lambda: super(FaultyStore, self).remove_tree(path))
+
+    def _step(self, name: str, path: Path, operation: Callable[[], None]) -> None:
+        number = len(self.names)
+        self.names.append(f"{name} {path.name}")
+        if number != self.at or self.mode != "before":
+            if number == self.at and self.mode == "io":
+                raise OSError(errno.EIO, "the store does not answer", str(path))
+            operation()
+        if number == self.at and self.mode in DEADLY:
+            os._exit(DIED)
+
+
 def _halve(path: Path) -> None:
     if path.is_file():
         os.truncate(path, path.stat().st_size // 2)
@@ -147,6 +173,7 @@ def serve() -> None:
     import test_faults
 
     test_faults.make_quick()
+    importlib.import_module("s3fs")
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
@@ -158,16 +185,21 @@ def serve() -> None:
 
 def _be_victim(case: Case) -> None:
     module, function = case.command.split(":")
-    storage.disk = disk = FaultyDisk(case.mode, case.at)
+    root = storage.address(case.root)
+    place: FaultyDisk | FaultyStore
+    if storage.is_object(root):
+        storage.objects = place = FaultyStore(case.mode, case.at)
+    else:
+        storage.disk = place = FaultyDisk(case.mode, case.at)
     code = FINISHED
     try:
-        getattr(importlib.import_module(module), function)(Path(case.root))
+        getattr(importlib.import_module(module), function)(root)
     except (TinyVLMError, OSError):
         code = REFUSED
     except BaseException:
         traceback.print_exc()
         code = BROKE
     if case.log:
-        Path(case.log).write_text("\n".join(disk.names))
+        Path(case.log).write_text("\n".join(place.names))
     sys.stderr.flush()
     os._exit(code)

@@ -29,10 +29,11 @@ from PIL import Image
 from ray_jobs._local_cluster import LocalCluster, free_port
 from tinyvlm import images
 from tinyvlm.data.downloader import MAX_UNSAVED
-from tinyvlm.folders import find_folder, read_rows, verify
+from tinyvlm.folders import find_folder, read_rows
 from tinyvlm.folders import part_paths as parts_of
 from tinyvlm.schema import measured_columns
 from tinyvlm.toy.web_server import running
+from tinyvlm.upkeep import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]
 

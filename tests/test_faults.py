@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-from collections.abc import Callable, Iterator
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,15 @@ import pytest
 from faulty_disk import BROKE, DEADLY, DIED, FAILING, FINISHED, REFUSED, Case, Victims
 from toy_stages import Double, DoubleConfig, start, write_numbers
 
-from tinyvlm import folders, stage_run, storage
-from tinyvlm.data import links
+from tinyvlm import folders, stage_run, storage, upkeep
+from tinyvlm.data import links, listing
 from tinyvlm.data.links import LinksConfig, open_links
-from tinyvlm.folders import Manifest, clean, discard_damaged, find_folder, part_paths, scan, verify
+from tinyvlm.errors import StageError
+from tinyvlm.folders import Manifest, find_folder, part_paths, scan
 from tinyvlm.journal import Journal
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.upkeep import clean, discard_damaged, verify
 
 
 class Unsteady(Double):
@@ -141,9 +146,7 @@ DRILLS = [
 
 
 @pytest.fixture(scope="module")
-def victims() -> Iterator[Victims]:
-    import sys
-
+def victims(object_store: None) -> Iterator[Victims]:
     with Victims([sys.executable, "-u"]) as victims:
         yield victims
 
@@ -154,28 +157,39 @@ def outcome(folder: Path) -> dict[str, Any]:
     columns = ["key", "url"] if manifest.stage == "links" else ["key", "status", "value"]
     table = pa.concat_tables(scan(folder, columns)).sort_by("key")
     numbers = (manifest.identity, manifest.rows_in, manifest.rows_out, manifest.statuses, manifest.generation)
-    shown = json.loads((folder / "stats.json").read_text())
+    shown = json.loads(storage.read(folder / "stats.json"))
     return {"rows": table.to_pylist(), "numbers": numbers, "shown": {**shown, "seconds": 0}}
 
 
-def everything(root: Path) -> set[str]:
-    """The files and folders under `root`, but for the number of the lease."""
-    names = {str(path.relative_to(root)) for path in root.rglob("*")}
-    return {name for name in names if "/lease-" not in name}
+def everything(root: Path, under: str = "") -> set[str]:
+    """The files and folders under `root`, but for the numbers of leases and what makes a name unique."""
+    found = set[str]()
+    for entry in storage.entries(root):
+        if not entry.name.startswith("lease-"):
+            found.add(under + re.sub(r"\.[0-9a-f]{16}\.parquet", ".parquet", entry.name))
+        if entry.is_folder:
+            found |= everything(root / entry.name, f"{under}{entry.name}/")
+    return found
 
 
-def cases(number: int) -> list[tuple[str, int]]:
-    return [(mode, at) for mode in (*DEADLY, *FAILING) for at in range(number)]
+def copy_tree(old: Path, new: Path) -> None:
+    for entry in storage.entries(old):
+        if entry.is_folder:
+            copy_tree(old / entry.name, new / entry.name)
+        else:
+            storage.write_atomic(new / entry.name, storage.read(old / entry.name))
 
 
-def sweep(drill: Drill, victims: Victims, tmp_path: Path, some: int | None) -> dict[int, int]:
-    """Run a drill with each fault, or with `some` of them; tells how many victims ended in which way."""
-    given, straight = tmp_path / "given", tmp_path / "straight"
+def sweep(
+    drill: Drill, victims: Victims, scratch: Path, place: Path, modes: Sequence[str], some: int | None
+) -> dict[int, int]:
+    """Run a drill under `place` with each fault, or with `some` of them; tells how many victims ended in which way."""
+    given, straight = scratch / "given", place / "straight"
     given.mkdir()
     drill.prepare(given)
     before = find_state(given, drill)
-    shutil.copytree(given, straight)
-    log = tmp_path / "operations"
+    copy_tree(given, straight)
+    log = scratch / "operations"
     command = f"test_faults:{drill.command.__name__}"
     assert victims.run(Case(command, str(straight), log=str(log))) == FINISHED
     folder = find_folder([straight], drill.stage, "a test")
@@ -183,15 +197,16 @@ def sweep(drill: Drill, victims: Victims, tmp_path: Path, some: int | None) -> d
     assert verify(folder) == []
     clean(folder)
     left = everything(straight)
-    chosen = cases(len(log.read_text().splitlines()))
+    operations = log.read_text().splitlines()
+    chosen = [(mode, at) for mode in modes for at in range(len(operations))]
     if some is not None:
         chosen = random.Random(0).sample(chosen, min(some, len(chosen)))
     ends: dict[int, int] = {}
     for mode, at in chosen:
-        root = tmp_path / "case"
-        shutil.copytree(given, root)
+        root = place / f"{mode}-{at}"
+        copy_tree(given, root)
         end = victims.run(Case(command, str(root), mode, at))
-        case = f"{drill.name}, {mode} at operation {at} ({log.read_text().splitlines()[at]})"
+        case = f"{drill.name}, {mode} at operation {at} ({operations[at]})"
         assert end != BROKE, case
         ends[end] = ends.get(end, 0) + 1
         if drill.command is not run_discard:  # its folder was damaged before
@@ -203,19 +218,21 @@ def sweep(drill: Drill, victims: Victims, tmp_path: Path, some: int | None) -> d
         assert verify(folder) == [], case
         clean(folder)
         assert everything(root) == left, case
-        shutil.rmtree(root)
+        storage.remove_tree(root)
     return ends
 
 
 def find_state(root: Path, drill: Drill) -> dict[str, Any] | None:
     """What a reader finds: nothing, or a whole folder."""
-    for path in root.glob(f"{drill.stage}-*/manifest.json"):
-        if drill.prepare is prepare_damaged:
-            return None
-        assert verify(path.parent) == []
-        state = outcome(path.parent)
-        del state["shown"]  # of a retry the report comes after the manifest, at the latest with the same command
-        return state
+    for entry in storage.entries(root):
+        folder = root / entry.name
+        if entry.name.startswith(f"{drill.stage}-") and folders.is_finished(folder):
+            if drill.prepare is prepare_damaged:
+                return None
+            assert verify(folder) == []
+            state = outcome(folder)
+            del state["shown"]  # of a retry the report comes after the manifest, at the latest with the same command
+            return state
     return None
 
 
@@ -229,7 +246,7 @@ def quick_and_thorough() -> Iterator[None]:
 def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
     """Nothing is too young to be removed, no disk is waited for, and nobody asks git for the commit."""
     patch = patch or pytest.MonkeyPatch()
-    patch.setattr(folders, "STALE_S", -1.0)
+    patch.setattr(upkeep, "STALE_S", -1.0)
     patch.setattr(storage.Disk, "sync", lambda self, path: None)
     for module in (links, stage_run):
         patch.setattr(module, "git_commit", lambda: None)
@@ -237,13 +254,95 @@ def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
 
 @pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
 def test_some_faults(drill: Drill, victims: Victims, tmp_path: Path) -> None:
-    ends = sweep(drill, victims, tmp_path, some=40)
-    assert ends[DIED] >= 20
+    ends = sweep(drill, victims, tmp_path, tmp_path, (*DEADLY, *FAILING), some=24)
+    assert ends[DIED] >= 10
     assert ends[REFUSED] >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
 def test_every_fault(drill: Drill, victims: Victims, tmp_path: Path) -> None:
-    ends = sweep(drill, victims, tmp_path, some=None)
+    ends = sweep(drill, victims, tmp_path, tmp_path, (*DEADLY, *FAILING), some=None)
     assert ends[DIED] > ends[REFUSED] > 0
+
+
+@pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
+def test_some_faults_in_an_object_store(drill: Drill, bucket: Path, victims: Victims, tmp_path: Path) -> None:
+    ends = sweep(drill, victims, tmp_path, bucket, ("before", "after", "io"), some=8)
+    assert ends[DIED] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
+def test_every_fault_in_an_object_store(drill: Drill, bucket: Path, victims: Victims, tmp_path: Path) -> None:
+    ends = sweep(drill, victims, tmp_path, bucket, ("before", "after", "io"), some=None)
+    assert ends[DIED] > ends[REFUSED] > 0
+
+
+# --- other settings in between, and two at once
+
+
+@pytest.mark.parametrize("at", [4, 9, 12, 17])
+def test_what_another_command_left_is_not_mixed_in(at: int, victims: Victims, tmp_path: Path) -> None:
+    """A command is interrupted, the same stage runs with another setting and on other rows, then the first again."""
+    write_numbers(tmp_path / "straight", num_parts=2)
+    run_double(tmp_path / "straight")
+    root = tmp_path / "mixed"
+    write_numbers(root, num_parts=2)
+    assert victims.run(Case("test_faults:run_double", str(root), "after", at)) == DIED
+    tripled = run_local(start(root, Double(DoubleConfig(factor=3))))
+    write_numbers(root, num_parts=2, first_value=100)
+    run_double(root)
+    others = outcome(find_folder([root], "double", "a test"))
+    write_numbers(root, num_parts=2)
+    run_double(root)
+    doubled = outcome(find_folder([root], "double", "a test"))
+    assert doubled == outcome(find_folder([tmp_path / "straight"], "double", "a test"))
+    assert [row["value"] for row in others["rows"]] == [row["value"] + 200 for row in doubled["rows"]]
+    assert len(list(root.glob("double-*"))) == 3
+    assert tripled.identity not in (doubled["numbers"][0], others["numbers"][0])
+
+
+def contend(place: str, signals: str, me: str, rounds: str) -> None:
+    """One of two drivers: in each round both take up the same folder at the same moment."""
+    for number in range(int(rounds)):
+        root = storage.address(place) / str(number)
+        run = start(root, Double(DoubleConfig(part_seconds=0.1)))
+        (Path(signals) / f"{number}.{me}").touch()
+        deadline = time.monotonic() + 60
+        while not (Path(signals) / f"{number}.{1 - int(me)}").exists():
+            assert time.monotonic() < deadline
+        try:
+            run_local(run)
+            said = "done"
+        except StageError as error:
+            said = str(error)
+        (Path(signals) / f"{number}.{me}.said").write_text(said)
+
+
+@pytest.mark.parametrize("where", ["disk", "object store"])
+def test_of_two_drivers_at_once_one_works(
+    where: str, tmp_path: Path, python: list[str], request: pytest.FixtureRequest
+) -> None:
+    place = tmp_path if where == "disk" else request.getfixturevalue("bucket")
+    signals, rounds = tmp_path / "signals", 6
+    signals.mkdir()
+    write_numbers(tmp_path / "given", num_parts=2)
+    for number in range(rounds):
+        copy_tree(tmp_path / "given", place / str(number))
+    code = "import sys, test_faults; test_faults.contend(*sys.argv[1:])"
+    drivers = [
+        subprocess.Popen([*python, "-c", code, str(place), str(signals), str(me), str(rounds)]) for me in range(2)
+    ]
+    assert [driver.wait(120) for driver in drivers] == [0, 0]
+    run_double(tmp_path / "given")
+    expected = outcome(find_folder([tmp_path / "given"], "double", "a test"))
+    for number in range(rounds):
+        said = sorted((signals / f"{number}.{me}.said").read_text() for me in range(2))
+        assert "done" in said
+        other = next((text for text in said if text != "done"), "")
+        assert "is in use by process" in other or "another driver at this moment" in other, said
+        folder = find_folder([place / str(number)], "double", "a test")
+        assert outcome(folder) == expected
+        assert verify(folder) == []
+        assert clean(folder) == []

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS: list[list[tuple[str, ...]]] = [
     [("tinyvlm",)],
     [("errors",)],
-    [("config",), ("schema",)],
+    [("config",), ("schema",), ("storage", "object_store")],
     [
-        ("stage", "stage_run", "contract", "folders", "storage", "journal", "lease", "report", "charts"),
+        ("stage", "stage_run", "contract", "folders", "upkeep", "journal", "lease", "report", "charts"),
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),
     ],
     [("model",)],

@@ -17,12 +17,13 @@ from tinyvlm import schema
 from tinyvlm.data.download import Download, DownloadConfig
 from tinyvlm.data.links import LinksConfig, find_files, open_links
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import Manifest, read_rows, verify
+from tinyvlm.folders import Manifest, read_rows
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun
 from tinyvlm.toy import web_server
 from tinyvlm.toy.links import DEAD, KINDS, LIVE, find_pictures, write_links
+from tinyvlm.upkeep import verify
 
 CONFIG = LinksConfig(url_column="link", caption_column="text", meta_columns=("size",), rows_per_part=4)
 ROWS: list[dict[str, Any]] = [{"link": f"http://a/{n}", "text": f"line one\nof {n}", "size": n * n} for n in range(10)]

@@ -18,7 +18,7 @@ from training_data import prepare_folder, rows
 
 from tinyvlm import chat, config
 from tinyvlm.errors import CheckpointError, ConfigError, DataError, StageError
-from tinyvlm.folders import Manifest, verify
+from tinyvlm.folders import Manifest
 from tinyvlm.model import load
 from tinyvlm.train import checkpoint, metrics, plan, worker
 from tinyvlm.train.collective import Alone, Collective
@@ -28,6 +28,7 @@ from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.optim import rate_factor
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
+from tinyvlm.upkeep import verify
 
 torch.set_num_threads(1)
 

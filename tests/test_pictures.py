@@ -25,10 +25,11 @@ from tinyvlm.data.pictures import PicturesConfig, open_pictures, stage_given
 from tinyvlm.data.pictures.tars import members
 from tinyvlm.data.preprocess import Preprocess, PreprocessConfig
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import Manifest, scan, verify
+from tinyvlm.folders import Manifest, scan
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.upkeep import verify
 
 PICTURE = PictureConfig(size=32, tower_size=24)
 LIMITS = LimitConfig(max_bytes=100_000, max_pixels=20_000)

@@ -13,9 +13,10 @@ from toy_stages import Double, DoubleConfig, Spread, rows_of, start, write_numbe
 
 from tinyvlm import cli, schema
 from tinyvlm.errors import ConfigError, StageError
-from tinyvlm.folders import Manifest, PartResult, clean, discard_damaged, part_paths, scan, verify
+from tinyvlm.folders import Manifest, PartResult, part_paths, scan
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.upkeep import clean, discard_damaged, verify
 
 
 class Moody(Double):

@@ -292,12 +292,15 @@ def test_a_part_that_kills_every_worker_ends_the_run(tmp_path: Path) -> None:
     run = start(tmp_path, double())
     part = {"part": [json.dumps(dataclasses.asdict(run.source.parts[2]))]}
     worker = PartWorker(pickle.dumps(run.for_worker(1)), Lease.take(run.folder).number, 1)
-    attempts = run.folder / "data" / ".part-00002.parquet.attempts.tmp"
-    attempts.parent.mkdir()
-    attempts.write_bytes(b"x" * (MAX_ATTEMPTS - 1))
+    names = [f".part-00002.parquet.attempt{number}.tmp" for number in range(MAX_ATTEMPTS)]
+    attempts = [run.folder / "data" / name for name in names]
+    attempts[0].parent.mkdir()
+    for path in attempts[:-1]:
+        path.touch()
     assert json.loads(worker(part)["answer"][0])["rows_in"] == 4
-    assert not attempts.exists(), "done, so no longer counted"
-    attempts.write_bytes(b"x" * MAX_ATTEMPTS)
+    assert not any(path.exists() for path in attempts), "done, so no longer counted"
+    for path in attempts:
+        path.touch()
     answer = json.loads(worker(part)["answer"][0])
     assert answer["error"].startswith(f"double lost {MAX_ATTEMPTS} workers in part 2 (")
     assert "fewer --workers" in answer["error"]

@@ -18,10 +18,11 @@ from toy_stages import Double, DoubleConfig, Spread, rows_of, start, write_numbe
 
 from tinyvlm import folders, lease, schema
 from tinyvlm.errors import ConfigError, DataError, StageError
-from tinyvlm.folders import Input, Manifest, PartResult, find_folder, scan, verify
+from tinyvlm.folders import Input, Manifest, PartResult, find_folder, scan
 from tinyvlm.lease import Lease
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.upkeep import verify
 
 
 def double(**settings: object) -> Double:

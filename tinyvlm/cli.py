@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tinyvlm.errors import ClusterError, DataError, InputError, TinyVLMError
+from tinyvlm.storage import address
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -49,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.set_defaults(run=_ask)
 
     verify = commands.add_parser("verify", help="check a stage folder against its checksums")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", type=address)
     told = "remove damaged files and the manifest, so that the same command does those parts again"
     verify.add_argument("--discard", action="store_true", help=told)
     verify.set_defaults(run=_verify)
 
     clean = commands.add_parser("clean", help="remove what a finished stage folder does not need any more")
-    clean.add_argument("folder", type=Path)
+    clean.add_argument("folder", type=address)
     clean.set_defaults(run=_clean)
 
     bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
@@ -99,7 +100,7 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from tinyvlm.folders import discard_damaged, verify
+    from tinyvlm.upkeep import discard_damaged, verify
 
     problems = verify(options.folder)
     if problems:
@@ -112,7 +113,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from tinyvlm.folders import clean
+    from tinyvlm.upkeep import clean
 
     left = clean(options.folder)
     sys.stdout.write(f"{options.folder}: removed {len(left)} of its files, none of them named by the manifest.\n")

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +30,10 @@ import pyarrow.parquet as pq
 from tinyvlm import config as settings
 from tinyvlm import schema, storage
 from tinyvlm.errors import DataError, StageError
-from tinyvlm.lease import STALE_S, Lease
 
 MIN_FREE_BYTES = 256 * 1024**2
 """A stage does not start on a disk with less than this."""
-_PART = re.compile(r"part-(\d+)(?:\.g(\d+))?\.parquet")
+_PART = re.compile(r"part-(\d+)(?:\.g(\d+))?(?:\.[0-9a-f]{16})?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,12 @@ class Part:
     def file_name(self) -> str:
         generation = f".g{self.generation}" if self.generation else ""
         return f"part-{self.index:05d}{generation}.parquet"
+
+    def name_in(self, folder: Path) -> str:
+        """`file_name`; in an object store a new one each time, because a late writer cannot be held back there."""
+        if not storage.is_object(folder):
+            return self.file_name
+        return f"{self.file_name.removesuffix('.parquet')}.{uuid.uuid4().hex[:16]}.parquet"
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,9 @@ class Manifest:
             return cls(**json.loads(storage.read(folder / "manifest.json")))
         except (FileNotFoundError, NotADirectoryError):
             raise StageError(f"{folder} is not a finished stage folder: it has no manifest.json.") from None
-        except (ValueError, TypeError, OSError) as error:
+        except OSError as error:
+            raise StageError(f"{folder}/manifest.json cannot be read ({error.strerror or error}).") from None
+        except (ValueError, TypeError) as error:
             raise StageError(
                 f"{folder}/manifest.json cannot be read ({error}); remove the folder and run the stage again."
             ) from None
@@ -150,6 +157,11 @@ def newest(names: Iterable[str]) -> dict[int, str]:
     return {index: name for (index, _), name in sorted(known)}
 
 
+def is_finished(folder: Path) -> bool:
+    """It has a manifest."""
+    return storage.is_file(folder / "manifest.json")
+
+
 def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
     """The finished folder of `stage_name` among `inputs`: stage folders themselves, or roots that hold some.
 
@@ -157,20 +169,21 @@ def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
         StageError: there is none, naming it, or several and no pointer says which.
     """
     for given in inputs:
-        if not given.exists():
+        if not storage.exists(given):
             raise StageError(f"{reader} was given --input {given}, which does not exist.")
-        if (given / "manifest.json").is_file() and Manifest.read(given).stage == stage_name:
+        if is_finished(given) and Manifest.read(given).stage == stage_name:
             return given
     again = f"`python -m ray_jobs.{stage_name}`"
     for root in inputs:
         pointed = _pointed(root, stage_name)
         if pointed is not None:
-            if (pointed / "manifest.json").is_file():
+            if is_finished(pointed):
                 return pointed
             raise StageError(
                 f"{reader} reads the folder of {stage_name!r}, but {pointed} is gone or unfinished; run {again} again."
             )
-        found = sorted(path.parent for path in root.glob(f"{stage_name}-*/manifest.json"))
+        names = (entry.name for entry in storage.entries(root) if entry.is_folder)
+        found = [root / name for name in names if name.startswith(f"{stage_name}-") and is_finished(root / name)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -219,13 +232,16 @@ def write_report(folder: Path, statistics: dict[str, Any]) -> None:
 
 def part_paths(folder: Path) -> list[Path]:
     """The data files of a stage folder in the order of their parts: those of the manifest, else all finished ones."""
-    if (folder / "manifest.json").is_file():
+    if is_finished(folder):
         return [folder / "data" / name for _, name in sorted(Manifest.read(folder).parts.items())]
     return [folder / "data" / name for _, name in sorted(newest(storage.sizes(folder / "data")).items())]
 
 
 def require_space(root: Path, num_bytes: int, writer: str) -> None:
-    """Raises DataError when `root` cannot be written, or has no room for about `num_bytes`.  Makes nothing."""
+    """Raises DataError when `root` cannot be written, or has no room for about `num_bytes`.  Leaves nothing."""
+    if storage.is_object(root):
+        _require_writable(root, writer)
+        return
     place = root.absolute()
     while not place.exists():
         place = place.parent
@@ -239,9 +255,21 @@ def require_space(root: Path, num_bytes: int, writer: str) -> None:
         )
 
 
+def _require_writable(root: Path, writer: str) -> None:
+    probe = root / ".probe.tmp"
+    try:
+        storage.write_atomic(probe, b"")
+        storage.remove(probe)
+    except OSError as error:
+        raise DataError(
+            f"{writer} cannot write to {root} ({error.strerror or error}); the bucket must exist, and credentials and "
+            "endpoint come from the environment."
+        ) from error
+
+
 def read_rows(path: str, offset: int, num_rows: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows [offset, offset + num_rows) of a Parquet file, touching only the row groups that hold them."""
-    with pq.ParquetFile(path, memory_map=False) as file:
+    with pq.ParquetFile(storage.readable(storage.address(path)), memory_map=False) as file:
         groups: list[int] = []
         start = skip = 0
         for group in range(file.metadata.num_row_groups):
@@ -258,7 +286,7 @@ def scan(folder: Path, columns: Sequence[str], *, only_ok: bool = False) -> Iter
     """The named columns of each finished part of a stage folder, one table a part."""
     for path in part_paths(folder):
         filters = [("status", "=", schema.OK)] if only_ok else None
-        yield pq.read_table(path, columns=list(columns), filters=filters)
+        yield pq.read_table(storage.readable(path), columns=list(columns), filters=filters)
 
 
 def describe_part(path: Path) -> dict[str, Any]:
@@ -285,93 +313,6 @@ def describe(content: Any) -> dict[str, Any]:
                     rows.update(view[first : first + chunk.total_compressed_size])
         whole = hashlib.sha256(view).hexdigest()
         return {"rows": metadata.num_rows, "bytes": len(view), "sha256": whole, "content": rows.hexdigest()}
-
-
-def verify(folder: Path) -> list[str]:
-    """Differences between a folder's files and its manifest, in words; empty when all is well.
-
-    Raises:
-        DataError: the folder is not finished.
-    """
-    problems: list[str] = []
-    try:
-        manifest = Manifest.read(folder)
-    except StageError as error:
-        raise DataError(str(error)) from None
-    for name, entry in manifest.files.items():
-        path = folder / name if "/" in name else folder / "data" / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-            continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                problems.append(f"{name} has changed")
-    return problems
-
-
-def discard_damaged(folder: Path) -> list[str]:
-    """Remove the data files that are missing or not as the manifest says, and the manifest; gives their names.
-
-    The same command then does those parts again, and no others.
-
-    Raises:
-        DataError: the folder is not finished, or a driver works in it.
-    """
-    damaged = [problem.split(" ")[0] for problem in verify(folder)]
-    if not damaged:
-        return []
-    with Lease.take(folder):
-        # Without a manifest the newest generation of a part counts: there must be none left of these.
-        indices = {part[0] for name in damaged if (part := part_of(name))}
-        for name in storage.sizes(folder / "data"):
-            part = part_of(name)
-            if part and part[0] in indices:
-                storage.remove(folder / "data" / name)
-        for name in damaged:
-            storage.remove(folder / name if "/" in name else folder / "data" / name)
-        # Last, so that a folder that lacks them is not taken for one that was merely interrupted.
-        storage.remove(folder / "manifest.json")
-    return damaged
-
-
-def tidy(folder: Path) -> list[Path]:
-    """Remove half-written files that killed workers left; a lease file in the making may be another driver's."""
-    left = [
-        place / entry.name
-        for place in (folder, folder / "data")
-        for entry in storage.entries(place)
-        if entry.name.startswith(".") and entry.name.endswith(".tmp")
-    ]
-    left = [path for path in left if not path.name.startswith(".lease") or _is_old(path)]
-    for path in left:
-        storage.remove(path)
-    return left
-
-
-def _is_old(path: Path) -> bool:
-    try:
-        return time.time() - storage.modified(path) > STALE_S
-    except FileNotFoundError:
-        return False
-
-
-def clean(folder: Path) -> list[Path]:
-    """Remove what the manifest of a finished folder does not name: older generations, journals, half-written files.
-
-    Raises:
-        DataError: the folder is not finished, or a driver works in it.
-    """
-    with Lease.take(folder):
-        manifest = Manifest.read(folder)
-        left = [folder / "data" / entry.name for entry in storage.entries(folder / "data")]
-        left = [path for path in left if path.name not in manifest.files]
-        pointers, pointer = folder.parent / "latest", f".{manifest.stage}.json."
-        left += [
-            pointers / name for name in storage.sizes(pointers) if name.startswith(pointer) and _is_old(pointers / name)
-        ]
-        for path in left:
-            storage.remove(path)
-        return left + tidy(folder)
 
 
 def git_commit() -> str | None:

@@ -52,7 +52,7 @@ class Journal:
         content = pa.BufferOutputStream()
         with pa.ipc.new_file(content, self.schema) as writer:
             writer.write_table(rows)
-        with storage.Draft(self.folder / f"{uuid.uuid4().hex}.arrow", sync=False) as draft:
+        with storage.draft(self.folder / f"{uuid.uuid4().hex}.arrow", sync=False) as draft:
             draft.write(content.getvalue())
             self._may_write()
             draft.publish()
@@ -60,4 +60,4 @@ class Journal:
     def remove(self) -> None:
         """The part is finished."""
         with suppress(OSError):  # `clean` comes after us
-            storage.remove(self.folder)
+            storage.remove_tree(self.folder)

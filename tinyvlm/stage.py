@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tinyvlm import config as settings
-from tinyvlm import schema
+from tinyvlm import schema, storage
 from tinyvlm.errors import StageError
 from tinyvlm.folders import Input, Manifest, Part, find_folder
 from tinyvlm.journal import Journal
@@ -77,9 +77,10 @@ def open_input(stage: Stage, inputs: Sequence[Path]) -> Input:
     manifests = {name: Manifest.read(folder) for name, folder in folders.items()}
     first = stage.reads[0]
     parts = []
+    sizes = storage.sizes(folders[first] / "data")
     for index, (name, entry) in enumerate(sorted(manifests[first].files.items())):
         path = folders[first] / "data" / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        if sizes.get(name) != entry["bytes"]:
             raise StageError(
                 f"{stage.name} reads {path}, which is missing or not as {first!r} left it; "
                 f"remove {folders[first]} and run `python -m ray_jobs.{first}` again."

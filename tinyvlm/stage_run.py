@@ -41,18 +41,18 @@ from tinyvlm.folders import (
     describe,
     describe_part,
     git_commit,
+    is_finished,
     part_of,
     point_latest,
     read_rows,
     require_space,
-    scan,
-    tidy,
     write_manifest,
     write_report,
 )
 from tinyvlm.journal import SUFFIX, Journal
 from tinyvlm.lease import Lease
 from tinyvlm.stage import Stage
+from tinyvlm.upkeep import tidy
 
 FOOTER = b"tinyvlm"
 """Key of the JSON that each part carries in its Parquet footer: {"counts": {status: rows}, "rows_in": n}."""
@@ -82,7 +82,7 @@ class StageRun:
     @property
     def is_finished(self) -> bool:
         """There is a manifest, and no row in it that should be tried again."""
-        if not (self.folder / "manifest.json").is_file():
+        if not is_finished(self.folder):
             return False
         return not self.retry or not set(self.retry) & set(Manifest.read(self.folder).statuses)
 
@@ -98,13 +98,14 @@ class StageRun:
     def todo(self) -> tuple[list[Part], list[PartResult]]:
         """Parts still to do, and the results of those that are done."""
         parts, done = self._plan()
-        written = self._written()
+        sizes = storage.sizes(self.folder / "data")
+        written = _by_part(sizes)
         todo: list[Part] = []
         for part in parts:
             names = written.get(part.index, [])
             if part.previous:  # of a retry, what it has made itself, and not what another one left
                 names = [name for name in names if part_of(name) == (part.index, part.generation)]
-            result = next(filter(None, (self._read_result(part, name) for name in names)), None)
+            result = next(filter(None, (self._read_result(part, name, sizes[name]) for name in names)), None)
             if result is None:
                 todo.append(part)
             else:
@@ -113,13 +114,14 @@ class StageRun:
 
     def _plan(self) -> tuple[list[Part], list[PartResult]]:
         """The parts of this run, and the results of those that a finished folder keeps as they are."""
-        if not (self.folder / "manifest.json").is_file():
+        if not is_finished(self.folder):
             return list(self.source.parts), []
         manifest = Manifest.read(self.folder)
         parts: list[Part] = []
         kept: list[PartResult] = []
         for part in self.source.parts:
-            result = self._read_result(part, manifest.parts[part.index])
+            name = manifest.parts[part.index]
+            result = self._read_result(part, name, int(manifest.files[name]["bytes"]))
             if result is None:
                 raise StageError(f"{self.folder} is damaged; see `tinyvlm verify {self.folder}`.")
             if set(self.retry) & set(result.counts):
@@ -129,14 +131,6 @@ class StageRun:
             else:
                 kept.append(result)
         return parts, kept
-
-    def _written(self) -> dict[int, list[str]]:
-        """Index of each part → the data files that are there, the newest generation first."""
-        written: dict[int, list[str]] = {}
-        known = [(part, name) for name in storage.sizes(self.folder / "data") if (part := part_of(name))]
-        for (index, _), name in sorted(known, reverse=True):
-            written.setdefault(index, []).append(name)
-        return written
 
     def check(self) -> None:
         """Everything that can be known to fail before the first byte is written.
@@ -201,7 +195,7 @@ class StageRun:
             StageError: parts or rows are missing, or another driver holds the folder.
         """
         by_index = {result.index: result for result in results}
-        before = Manifest.read(self.folder).generation if (self.folder / "manifest.json").is_file() else None
+        before = Manifest.read(self.folder).generation if is_finished(self.folder) else None
         counts, files = self._account(by_index)
         # After `discard_damaged` files of several generations may come together in a new manifest.
         newest_file = max((part[1] for name in files if (part := part_of(name))), default=0)
@@ -226,6 +220,10 @@ class StageRun:
         if lease_number is not None:
             Lease.check(self.folder, lease_number)
         if before is None:
+            # Statistics look at what lies there: of each part one file, and not what earlier tries left.
+            for name in storage.sizes(self.folder / "data"):
+                if part_of(name) and name not in files:
+                    storage.remove(self.folder / "data" / name)
             close_folder(self.folder, manifest, self._statistics(manifest))
         else:  # the old manifest names the old files, so the new one comes first and statistics look at what it names
             write_manifest(self.folder, manifest)
@@ -278,7 +276,7 @@ class StageRun:
         footer = {FOOTER: json.dumps(about).encode()}
         # The stage's own schema, for the marks on its columns; one chunk a column, so that equal rows are equal bytes.
         out = pa.Table.from_arrays(out.columns, schema=self.stage.writes.with_metadata(footer)).combine_chunks()
-        with storage.Draft(self.folder / "data" / part.file_name) as draft:
+        with storage.draft(self.folder / "data" / part.name_in(self.folder)) as draft:
             # Small pages: a few pictures out of a row group should not cost all of it.
             draft.write_table(out, compression="zstd", row_group_size=1024, write_batch_size=32)
             with draft.content() as content:
@@ -296,7 +294,8 @@ class StageRun:
         """All rows of a part through the stage; of a retry only those with the wanted statuses, in their old places."""
         if not part.previous:
             return self.stage.map_part(rows, journal)
-        before = pq.read_table(self.folder / "data" / part.previous, schema=self.stage.writes)
+        previous = storage.readable(self.folder / "data" / part.previous)
+        before = pq.read_table(previous, schema=self.stage.writes)
         again = pc.is_in(before["status"], pa.array(self.retry))
         chosen = pc.is_in(rows["key"], before.filter(again)["key"].combine_chunks())
         out = pa.concat_tables([before, self.stage.map_part(rows.filter(chosen), journal)])
@@ -333,21 +332,30 @@ class StageRun:
             counts.update(result.counts)
             check_counts(self.stage, str(path), part.index, result.rows_in, result.counts, entry["rows"])
         if self.stage.fan_out:
-            keys = np.concatenate([table["key"].to_numpy() for table in scan(self.folder, ["key"])])
+            paths = [storage.readable(self.folder / "data" / name) for name in files]
+            keys = np.concatenate([pq.read_table(path, columns=["key"])["key"].to_numpy() for path in paths])
             if len(np.unique(keys)) != len(keys):
                 raise StageError(f"{name} gave the same key to rows of different parts.")
         return counts, files
 
-    def _read_result(self, part: Part, name: str) -> PartResult | None:
+    def _read_result(self, part: Part, name: str, num_bytes: int) -> PartResult | None:
         """What the footer of a data file says; None when it is damaged, or what another retry left."""
         path = self.folder / "data" / name
         try:
-            footer = json.loads(pq.read_schema(path).metadata[FOOTER])
-            size = path.stat().st_size
-            result = PartResult(part.index, footer["rows_in"], footer["counts"], size, name=name, resumed=True)
+            footer = json.loads(pq.read_schema(storage.readable(path)).metadata[FOOTER])
+            result = PartResult(part.index, footer["rows_in"], footer["counts"], num_bytes, name=name, resumed=True)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return result if not part.previous or footer.get("made_of") == part.made_of else None
+
+
+def _by_part(names: Iterable[str]) -> dict[int, list[str]]:
+    """Index of each part → its data files, the newest generation first."""
+    found: dict[int, list[str]] = {}
+    known = [(part, name) for name in names if (part := part_of(name))]
+    for (index, _), name in sorted(known, reverse=True):
+        found.setdefault(index, []).append(name)
+    return found
 
 
 def run_local(run: StageRun, on_part: Callable[[PartResult], None] = lambda result: None) -> Manifest:

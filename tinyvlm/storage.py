@@ -1,25 +1,35 @@
-"""Every file operation of the stage contract: the one place where a disk can be full, slow, or gone.
+"""Where folders lie: on a disk or an object store; every file operation of the stage contract goes through here.
 
-    content ─▶ Draft: under another name, flushed ──publish──▶ its name, whole      (a disk: rename)
+    content ─▶ draft ──publish──▶ its name, whole          a disk: under another name, flushed, renamed
+                                                           an object store: in memory, put
 
-Who writes a folder (folders.py, stage_run.py, journal.py, lease.py) goes through these functions alone, so that a test
-can put a `Disk` in their way that fails at each operation in turn.
+Who writes a folder (folders.py, stage_run.py, journal.py, lease.py) uses these functions alone: it need not know where
+the folder lies, and a test can put a `Disk` in the way that fails at each operation in turn.
+
+A place on a disk is a `pathlib.Path`.  Anything with `://` (s3, gs, …) is a `upath.UPath` over fsspec, which has the
+methods of one; here it is annotated as `Path` too.  An object store has no rename, so a file that a slow worker may
+still put needs a name of its own there (`Part.name_in`); no folders, they are prefixes; and who is first is decided by
+a conditional put.  Credentials and endpoints come from the environment, as the store's own client reads it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tinyvlm.errors import ConfigError
+from tinyvlm.object_store import Entry, ObjectStore
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 """What file systems without hard links answer."""
@@ -27,15 +37,6 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 
 Content: TypeAlias = Any
 """str, bytes, memoryview or a buffer of pyarrow."""
-
-
-class Entry(NamedTuple):
-    """One thing in a folder."""
-
-    name: str
-    size: int
-    """Bytes; of a folder nothing in particular."""
-    is_folder: bool
 
 
 class Disk:
@@ -101,14 +102,61 @@ class Disk:
         return path.stat().st_mtime
 
 
-disk = Disk()
+disk, objects = Disk(), ObjectStore()
 """What all functions below use; a test puts its own here."""
+
+
+def address(text: str | Path) -> Path:
+    """A place as a person or a manifest names it: a path, or the address of an object store.
+
+    Raises:
+        ConfigError: nobody here speaks to that kind of store.
+    """
+    scheme, mark, rest = str(text).partition("://")
+    if not mark:
+        return Path(text)
+    if scheme == "file":
+        return Path(rest)
+    if scheme == "hf":  # the hub's datasets: read by data/hub.py, never written
+        return Path(text)
+    remedy = "pip install 'tinyvlm[s3]'" if scheme == "s3" else "install universal-pathlib and fsspec's package for it"
+    try:
+        from upath import UPath
+
+        place = UPath(str(text), use_listings_cache=False)  # others write there too
+        place.fs  # noqa: B018 (imports what speaks to the store)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{text} cannot be used here ({error}); {remedy}, or give a folder on a disk.") from None
+    return cast(Path, place)
+
+
+def is_object(path: Path) -> bool:
+    """It lies in an object store."""
+    return not isinstance(path, Path)
+
+
+def require_disk(reader: str, *paths: Path) -> None:
+    """Raises ConfigError when one of the paths lies in an object store, which `reader` does not work on."""
+    for path in paths:
+        if is_object(path):
+            raise ConfigError(
+                f"{reader} works on disks alone, and {path} lies in an object store; copy the folder to a disk that "
+                "all nodes see, and give that."
+            )
+
+
+def draft(path: Path, *, sync: bool = True) -> Draft:
+    """A new content for `path`, which has it from `publish` on.
+
+    `sync`: on a disk, flushed to the medium before it gets its name, so that it outlives a machine that goes down.
+    """
+    return ObjectDraft(path) if is_object(path) else Draft(path, sync=sync)
 
 
 class Draft:
     """A file in the making: nobody sees it before `publish`, and then it is whole.
 
-        with Draft(path) as draft:
+        with storage.draft(path) as draft:
             draft.write(content)
             draft.publish()
 
@@ -116,7 +164,6 @@ class Draft:
     """
 
     def __init__(self, path: Path, *, sync: bool = True) -> None:
-        """`sync`: flushed to the medium before it gets its name, so that it outlives a machine that goes down."""
         self.path, self._sync, self._is_published = path, sync, False
         self._draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
@@ -163,40 +210,107 @@ class Draft:
             self.publish()
 
 
+class ObjectDraft(Draft):
+    """The same in an object store: in memory until it is put."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._content = path, pa.py_buffer(b"")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._content = pa.py_buffer(b"")
+
+    def write(self, content: Content) -> None:
+        """All of the object's content."""
+        self._content = pa.py_buffer(content.encode() if isinstance(content, str) else content)
+
+    def write_table(self, table: pa.Table, **options: Any) -> None:
+        """All of the object's content, as Parquet; options of `pyarrow.parquet.write_table`."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, **options)
+        self._content = sink.getvalue()
+
+    def content(self) -> AbstractContextManager[Any]:
+        """What was written, as a buffer."""
+        return nullcontext(self._content)
+
+    def publish(self) -> None:
+        """Put it; what had that name before is gone."""
+        objects.put(self.path, self._content.to_pybytes())
+
+    def publish_new(self) -> None:
+        """Put it.  Raises FileExistsError when there is an object of that name."""
+        objects.put(self.path, self._content.to_pybytes(), new=True)
+
+
 def write_atomic(path: Path, content: Content, *, sync: bool = True) -> None:
     """Replace a file as a whole: whoever reads it, and whenever this dies, sees the old content or the new."""
-    with Draft(path, sync=sync) as draft:
-        draft.write(content)
-        draft.publish()
+    with draft(path, sync=sync) as new:
+        new.write(content)
+        new.publish()
 
 
 def create(path: Path, content: Content) -> None:
     """A new file, of several that try at the same time by one.  Raises FileExistsError for the others."""
-    with Draft(path) as draft:
-        draft.write(content)
-        draft.publish_new()
+    with draft(path) as new:
+        new.write(content)
+        new.publish_new()
 
 
 def touch(path: Path) -> None:
-    """A new empty file; its folder is there.  Raises FileExistsError."""
-    disk.create(path)
+    """A new empty file.  Raises FileExistsError."""
+    if is_object(path):
+        objects.put(path, b"", new=True)
+    else:
+        disk.make_folder(path.parent)
+        disk.create(path)
 
 
 def read(path: Path) -> bytes:
     """A whole file.  Raises FileNotFoundError or another OSError."""
-    return disk.read(path)
+    return objects.read(path) if is_object(path) else disk.read(path)
+
+
+def readable(path: Path) -> Any:
+    """What pyarrow's readers take to read a file, or parts of it."""
+    return objects.open(path) if is_object(path) else path
 
 
 @contextmanager
 def mapped(path: Path) -> Iterator[Any]:
-    """A whole file as a buffer, in memory only where it is looked at."""
+    """A whole file as a buffer; on a disk, in memory only where it is looked at."""
+    if is_object(path):
+        yield objects.read(path)
+        return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 
 
+def sha256(path: Path) -> str:
+    """Of a whole file, in hexadecimal digits."""
+    if is_object(path):
+        return hashlib.sha256(objects.read(path)).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_file(path: Path) -> bool:
+    """There is such a file.  An object store that does not answer raises OSError instead."""
+    return objects.is_file(path) if is_object(path) else path.is_file()
+
+
+def exists(path: Path) -> bool:
+    """There is such a file or folder; in an object store, something under that prefix."""
+    return is_file(path) or bool(entries(path)) if is_object(path) else path.exists()
+
+
 def entries(folder: Path) -> list[Entry]:
     """What lies in a folder, by name; nothing where there is no folder."""
-    return disk.entries(folder)
+    return objects.entries(folder) if is_object(folder) else disk.entries(folder)
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -206,19 +320,28 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def modified(path: Path) -> float:
     """When a file was last written, in seconds by the clock of the storage.  Raises FileNotFoundError."""
-    return disk.modified(path)
+    return objects.modified(path) if is_object(path) else disk.modified(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with what is in it; one that is gone already is as good."""
-    if path.is_dir() and not path.is_symlink():
-        for entry in entries(path):
-            remove(path / entry.name)
-        disk.remove_folder(path)
+    """Remove a file; one that is gone already is as good."""
+    if is_object(path):
+        objects.remove(path)
     else:
         disk.remove(path)
 
 
+def remove_tree(path: Path) -> None:
+    """Remove a folder and what is in it; one that is gone already is as good."""
+    if is_object(path):
+        objects.remove_tree(path)
+        return
+    for entry in entries(path):
+        (remove_tree if entry.is_folder else remove)(path / entry.name)
+    disk.remove_folder(path)
+
+
 def settle(folder: Path) -> None:
     """The names in a folder are on the medium, as the contents are: a machine that goes down forgets none of them."""
-    disk.sync(folder)
+    if not is_object(folder):
+        disk.sync(folder)

@@ -25,6 +25,7 @@ from tinyvlm.errors import ConfigError
 from tinyvlm.folders import Manifest
 from tinyvlm.journal import Journal
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
@@ -133,7 +134,7 @@ class Download(Stage):
         """Hosts with so many links that all workers share them."""
         if "links" not in self.folders:
             return []
-        found: list[str] = Manifest.read(Path(self.folders["links"])).extra.get("giants", [])
+        found: list[str] = Manifest.read(address(self.folders["links"])).extra.get("giants", [])
         return found
 
     def _table(self, rows: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:

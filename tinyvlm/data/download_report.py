@@ -25,8 +25,9 @@ from PIL import Image
 from tinyvlm import images
 from tinyvlm.data.sites import hosts_of, site_of, top_level_domain_of
 from tinyvlm.data.tallies import ACCURACY, Curve, Groups, Quantiles, Timeline
-from tinyvlm.folders import scan
+from tinyvlm.folders import part_paths, scan
 from tinyvlm.schema import OK, STATUSES
+from tinyvlm.storage import readable
 
 BATCH_ROWS = 50_000
 """Rows counted at a time: parts are small, and so are the tables made of them."""
@@ -333,8 +334,8 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def _stored_bytes(folder: Path) -> int:
     """Size of the image column, from the files' footers."""
     total = 0
-    for path in (folder / "data").glob("part-*.parquet"):
-        footer = pq.read_metadata(path)
+    for path in part_paths(folder):
+        footer = pq.read_metadata(readable(path))
         column = footer.schema.to_arrow_schema().get_field_index("image")
         groups = (footer.row_group(group) for group in range(footer.num_row_groups))
         total += sum(group.column(column).total_uncompressed_size for group in groups)
@@ -343,7 +344,7 @@ def _stored_bytes(folder: Path) -> int:
 
 def _sample_pictures(folder: Path) -> list[dict[str, str]]:
     """About a dozen pictures from parts all over the folder, shrunk: originals may be megabytes each."""
-    paths = sorted((folder / "data").glob("part-*.parquet"))
+    paths = part_paths(folder)
     num_chosen = min(NUM_PICTURES, len(paths))
     items: list[dict[str, str]] = []
     for index in range(num_chosen):
@@ -357,7 +358,7 @@ def _first_pictures(path: Path, count: int) -> list[dict[str, Any]]:
     """The first ok rows of a part; read page by page, as a row group of originals may be hundreds of megabytes."""
     columns = ["status", "url", "image", "width", "height", "format"]
     found: list[dict[str, Any]] = []
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with pq.ParquetFile(readable(path), buffer_size=1 << 20, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=32, columns=columns):
             usable = pc.and_(pc.equal(batch["status"], OK), pc.is_valid(batch["image"]))
             found += batch.filter(usable).to_pylist()

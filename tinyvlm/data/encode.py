@@ -21,10 +21,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +34,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tinyvlm import config as settings_of
-from tinyvlm import schema
+from tinyvlm import schema, storage
 from tinyvlm.data import calibrate, encode_report, towers
 from tinyvlm.data.calibrate import Calibration
 from tinyvlm.data.placeholder import DESIGNS, is_plain, without_padding
@@ -47,6 +46,7 @@ from tinyvlm.folders import Input, Manifest
 from tinyvlm.images import ImageError, LimitConfig, PictureConfig, decode
 from tinyvlm.schema import FeatureStorage
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,7 +201,7 @@ class Encode(Stage):
         if source is None:
             return Repeats()
         return find_repeats(
-            Path(source),
+            address(source),
             repeated_links=config.repeated_links,
             similar_links=config.similar_links,
             redirect_links=config.redirect_links,
@@ -217,9 +217,10 @@ class Encode(Stage):
         if self.folder is None:
             return self._calibrate()
         path = self.folder / encode_report.CALIBRATION_FILE
-        if not path.is_file():
-            _write_once(path, json.dumps(dataclasses.asdict(self._calibrate())))
-        found = Calibration(**json.loads(path.read_text()))
+        if not storage.is_file(path):
+            with suppress(FileExistsError):  # another worker was faster: its file stands
+                storage.create(path, json.dumps(dataclasses.asdict(self._calibrate())))
+        found = Calibration(**json.loads(storage.read(path)))
         if found.encoder != self.tower.fingerprint:
             raise StageError(
                 f"{path} was measured with the encoder {found.encoder}, but encode.vision is {self.config.vision!r}, "
@@ -352,7 +353,7 @@ class Encode(Stage):
 
     def _calibrate(self) -> Calibration:
         source, count = self.folders.get("preprocess"), self.config.calibration_pictures
-        rows = calibrate.sample_pictures(Path(source), count) if source else []
+        rows = calibrate.sample_pictures(address(source), count) if source else []
         sample = []
         for row in rows:
             try:
@@ -385,18 +386,3 @@ class Encode(Stage):
             is_measured=given is None,
             is_packed=self.config.feature_storage != "float16",
         )
-
-
-def _write_once(path: Path, content: str) -> None:
-    """Write a file whole, unless another process has: then its file stands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(content)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tinyvlm import storage
 from tinyvlm.data.calibrate import Calibration
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import StageError
@@ -32,8 +33,8 @@ _EDGES = np.linspace(-0.2, 1.0, 61)
 def read_calibration(folders: Sequence[Path]) -> Calibration | None:
     """The first of the folders' calibrations."""
     for folder in folders:
-        if (folder / CALIBRATION_FILE).is_file():
-            return Calibration(**json.loads((folder / CALIBRATION_FILE).read_text()))
+        if storage.is_file(folder / CALIBRATION_FILE):
+            return Calibration(**json.loads(storage.read(folder / CALIBRATION_FILE)))
     return None
 
 

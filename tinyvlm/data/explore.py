@@ -27,6 +27,7 @@ from tinyvlm.folders import scan
 from tinyvlm.images import PictureConfig
 from tinyvlm.labels import Label, load_labels
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from tinyvlm.data.clip import Labeller
@@ -188,7 +189,7 @@ class Explore(Stage):
         ]
         chosen += [(f"least sure: {name} {confidence:.2f}", key) for confidence, key, name in survey.unsure]
         source = self.folders.get("preprocess")
-        rows = rows_by_key(Path(source), [key for _, key in chosen], ("image",)) if source else {}
+        rows = rows_by_key(address(source), [key for _, key in chosen], ("image",)) if source else {}
         return [sheet_item(caption, rows.get(key, {}).get("image")) for caption, key in chosen]
 
 

@@ -10,13 +10,12 @@ fingerprint covers the settings and the bytes of the input files.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-import tinyvlm
 from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
+from tinyvlm.data import hub
+from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.routing import Router, SortedParts
 from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import Input, Manifest, close_folder, describe, git_commit, point_latest, require_space, tidy
-from tinyvlm.lease import Lease
+from tinyvlm.folders import Input, is_finished, point_latest
 
 STAGE = "links"
 VERSION = 2
@@ -81,10 +80,25 @@ def open_links(path: Path, config: LinksConfig, root: Path) -> Input:
     """
     files = find_files(path, config)
     identity = [STAGE, VERSION, settings.to_dict(config), [_digest(file) for file in files]]
-    fingerprint = settings.fingerprint(identity)
-    folder = root.absolute() / f"{STAGE}-{fingerprint[:12]}"
-    if not (folder / "manifest.json").is_file():
-        _make_folder(folder, files, config, fingerprint)
+    listing = Listing(
+        name=STAGE,
+        version=VERSION,
+        fingerprint=settings.fingerprint(identity),
+        settings=config,
+        inputs=[str(file) for file in files],
+    )
+    folder = listing.folder(root)
+    if not is_finished(folder):
+        router, keys = Router(config.rows_per_part), _Keys(config)
+        parts = keys.watching(_routed(files, config, folder, router))
+
+        def close(num_rows: int, statuses: Counter[str]) -> Closing:
+            if not num_rows:
+                raise DataError(f"The list of links at {path} has no rows.")
+            keys.check()
+            return Closing(extra={"giants": sorted(router.giants)})
+
+        make_folder(listing, root, parts, close)
     point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
 
@@ -102,13 +116,18 @@ def find_files(path: Path, config: LinksConfig) -> list[Path]:
     Raises:
         DataError: as `open_links`.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name[0] not in "._")
+    is_file = storage.is_file(path)
+    typed = "" if storage.is_object(path) else hub.as_typed(path)
+    names = [] if is_file else list(storage.sizes(path))
+    if names or (not storage.is_object(path) and path.is_dir()):
+        files = [path / name for name in names if Path(name).suffix in SUFFIXES and name[0] not in "._"]
         if not files:
             raise DataError(f"A list of links wants {', '.join(SUFFIXES)} files, but the folder {path} has none.")
-    elif path.is_file() and path.suffix in SUFFIXES:
+    elif is_file and path.suffix in SUFFIXES:
         files = [path]
-    elif path.is_file():
+    elif not is_file and hub.is_address(typed):
+        files = [Path(file) for file in hub.resolve(typed)]
+    elif is_file:
         raise DataError(f"A list of links wants a {', '.join(SUFFIXES)} file, but got {path.name}; convert it first.")
     else:
         raise DataError(f"There is no list of links at {path}; give a {', '.join(SUFFIXES)} file or a folder of them.")
@@ -124,67 +143,25 @@ def find_files(path: Path, config: LinksConfig) -> list[Path]:
     return files
 
 
-def _make_folder(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> None:
-    """Write the folder as its only writer; a bad list leaves nothing behind."""
-    require_space(folder.parent, 0, STAGE)
-    with Lease.take(folder) as lease:
-        if (folder / "manifest.json").is_file():  # another driver's, since we looked
-            return
-        try:
-            storage.remove(folder / "data")  # of somebody who was killed
-            tidy(folder)
-            manifest = _write_parts(folder, files, config, fingerprint)
-        except DataError:
-            storage.remove(folder)
-            raise
-        Lease.check(folder, lease.number)
-        numbers = {"rows_in": manifest.rows_in, "rows_out": manifest.rows_out, "seconds": manifest.seconds}
-        close_folder(folder, manifest, {"stage": STAGE, "statuses": {}, **numbers})
-
-
-def _write_parts(folder: Path, files: list[Path], config: LinksConfig, fingerprint: str) -> Manifest:
-    started = time.perf_counter()
-    entries: dict[str, dict[str, Any]] = {}
-    num_rows = 0
-    all_keys: list[NDArray[np.int64]] = []
-    router = Router(config.rows_per_part)
-    for index, table in enumerate(_routed(files, config, folder / ".sorting.tmp", router)):
-        num_rows += table.num_rows
-        if config.key_column is not None:
-            all_keys.append(table["key"].to_numpy())
-        name = f"part-{index:05d}.parquet"
-        entries[name] = _write_part(folder / "data" / name, table)
-    if not num_rows:
-        raise DataError(f"The list of links at {files[0].parent if len(files) > 1 else files[0]} has no rows.")
-    _check_unique(all_keys, config)
-    seconds = round(time.perf_counter() - started, 2)
-    return Manifest(
-        stage=STAGE,
-        version=VERSION,
-        fingerprint=fingerprint,
-        settings=settings.to_dict(config),
-        inputs={"files": [str(file) for file in files], "folders": {}},
-        rows_in=num_rows,
-        rows_out=num_rows,
-        statuses={},
-        files=entries,
-        seconds=seconds,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tinyvlm_version=tinyvlm.__version__,
-        git_commit=git_commit(),
-        extra={"giants": sorted(router.giants)},
-    )
-
-
 def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router) -> Iterator[pa.Table]:
     """The list's rows as parts: hosts together, copies of a link in one part (see routing.py)."""
     for urls in _urls(files, config):
         router.count(urls)
-    with SortedParts(folder, schema.LINKS, router.num_rows) as parts:
+    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, router.num_rows) as parts:
         for rows in _rows(files, config):
             parts.add(rows, router.routes(rows))
         yield from parts.parts(config.rows_per_part)
-    storage.remove(folder)
+
+
+@contextmanager
+def _sorting(folder: Path) -> Iterator[Path]:
+    """Room on a disk for sorting: where the folder lies, if it lies on one."""
+    if storage.is_object(folder):
+        with tempfile.TemporaryDirectory(prefix="tinyvlm-sorting-") as scratch:
+            yield Path(scratch) / "sorting"
+    else:
+        yield folder / ".sorting.tmp"
+        storage.remove_tree(folder / ".sorting.tmp")
 
 
 def _urls(files: list[Path], config: LinksConfig) -> Iterator[pa.ChunkedArray]:
@@ -241,50 +218,66 @@ def _cast(rows: pa.RecordBatch, column: str, kind: pa.DataType, wanted: str) -> 
         raise DataError(f"The column {column!r} wants {wanted}, but holds {rows[column].type}: {reason}") from None
 
 
-def _check_unique(all_keys: list[NDArray[np.int64]], config: LinksConfig) -> None:
-    if not all_keys:
-        return
-    keys = np.sort(np.concatenate(all_keys))
-    twice = keys[1:][keys[1:] == keys[:-1]]
-    if len(twice):
-        raise DataError(
-            f"The key column {config.key_column!r} wants unique numbers, but {int(twice[0])} occurs more than once."
-        )
+class _Keys:
+    """Sees that keys which come from the list are unique."""
+
+    def __init__(self, config: LinksConfig) -> None:
+        self._column = config.key_column
+        self._seen: list[NDArray[np.int64]] = []
+
+    def watching(self, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same parts."""
+        for part in parts:
+            if self._column is not None:
+                self._seen.append(part["key"].to_numpy())
+            yield part
+
+    def check(self) -> None:
+        """Raises DataError when a key came twice."""
+        keys = np.sort(np.concatenate([np.empty(0, np.int64), *self._seen]))
+        twice = keys[1:][keys[1:] == keys[:-1]]
+        if len(twice):
+            raise DataError(
+                f"The key column {self._column!r} wants unique numbers, but {int(twice[0])} occurs more than once."
+            )
 
 
-def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
-    with storage.Draft(path) as draft:
-        draft.write_table(table.combine_chunks(), compression="zstd")
-        with draft.content() as content:
-            described = describe(content)
-        draft.publish()
-    return described
+def _readable(file: Path) -> Any:
+    """What pyarrow's readers take; of the hub, only what they ask for is fetched."""
+    return hub.open_file(file) if hub.is_pinned(file) else storage.readable(file)
+
+
+def _digest(file: Path) -> str:
+    """What stands for a file's content; an address on the hub carries its commit."""
+    return str(file) if hub.is_pinned(file) else storage.sha256(file)
 
 
 def _column_names(file: Path) -> list[str]:
+    source = _readable(file)
     if file.suffix == ".parquet":
-        names = pq.read_schema(file).names
+        names = pq.read_schema(source).names
     elif file.suffix == ".csv":
-        with pa_csv.open_csv(file, parse_options=_csv_parsing(), read_options=_csv_reading()) as reader:
+        with pa_csv.open_csv(source, parse_options=_csv_parsing(), read_options=_csv_reading()) as reader:
             names = reader.schema.names
     else:
-        with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
+        with pa_json.open_json(source, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
             names = reader.schema.names
     return [str(name) for name in names]
 
 
 def _batches(file: Path, config: LinksConfig, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a file, a little at a time."""
+    source = _readable(file)
     if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(source, buffer_size=_BLOCK_BYTES) as parquet:
             yield from parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
     elif file.suffix == ".csv":
         texts = {name: pa.string() for name in (config.url_column, config.caption_column) if name in columns}
         converting = pa_csv.ConvertOptions(include_columns=columns, column_types=texts)
-        with pa_csv.open_csv(file, _csv_reading(), _csv_parsing(), converting) as reader:
+        with pa_csv.open_csv(source, _csv_reading(), _csv_parsing(), converting) as reader:
             yield from reader
     else:
-        with pa_json.open_json(file, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
+        with pa_json.open_json(source, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES)) as reader:
             for batch in reader:
                 yield batch.select(columns)
 
@@ -301,12 +294,8 @@ def _csv_parsing() -> Any:
 def _reading(file: Path) -> Iterator[None]:
     """Turns what pyarrow raises on a bad file into one sentence."""
     try:
-        yield
+        with hub.speaking(str(file)) if hub.is_pinned(file) else nullcontext():
+            yield
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {reason}") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,33 +1,43 @@
 """Write the folder of a stage that lists what its input holds: rows in order, cut into parts, manifest last.
 
-    tables, a little at a time ─▶ pieces of `rows_per_part` rows ─▶ .{folder}.….tmp ──rename──▶ {stage}-{fingerprint}/
+    tables, a little at a time ─▶ parts ─▶ {stage}-{fingerprint}/data/part-00000.parquet … ─▶ manifest.json
 
-It is written under another name and renamed, so that an input that turns out to be bad leaves nothing that counts.
+An input that turns out to be bad leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import tinyvlm
 from tinyvlm import config as settings
-from tinyvlm.folders import Manifest, close_folder, describe_part, git_commit, require_space
+from tinyvlm import storage
+from tinyvlm.errors import TinyVLMError
+from tinyvlm.folders import Manifest, Part, close_folder, describe, git_commit, is_finished, require_space
+from tinyvlm.lease import Lease
+from tinyvlm.upkeep import tidy
 
-Close = Callable[[int, Counter[str]], dict[str, Any]]
-"""Given the number of rows and how many have each status: checks them, and gives further statistics."""
+
+@dataclass(frozen=True, kw_only=True)
+class Closing:
+    """What is said of a listing besides its rows."""
+
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """More for stats.json."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More for the manifest."""
+
+
+Close = Callable[[int, Counter[str]], Closing]
+"""Given the number of rows and how many have each status: checks them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +57,26 @@ class Listing:
         return root.absolute() / f"{self.name}-{self.fingerprint[:12]}"
 
 
-def make_folder(
-    listing: Listing,
-    root: Path,
-    tables: Iterable[pa.Table],
-    rows_per_part: int,
-    close: Close,
-) -> Path:
-    """Write the folder of a listing.  `close` is asked before it counts.
+def make_folder(listing: Listing, root: Path, parts: Iterable[pa.Table], close: Close) -> Path:
+    """Write the folder of a listing, one file for each of `parts`, as its only writer.
 
     Raises:
-        TinyVLMError: what `tables` and `close` raise, or no space; nothing is left behind.
+        TinyVLMError: what `parts` and `close` raise, or no space; nothing is left behind that counts.
     """
     folder = listing.folder(root)
     require_space(folder.parent, 0, listing.name)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        _write(temporary, listing, cut(tables, rows_per_part), close)
-        if folder.exists() and not (folder / "manifest.json").is_file():
-            shutil.rmtree(folder)  # somebody took its manifest away
-        with suppress(OSError):  # another driver was faster: its folder is as good
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with Lease.take(folder) as lease:
+        if is_finished(folder):  # another driver's, since we looked
+            return folder
+        try:
+            storage.remove_tree(folder / "data")  # of somebody who was killed
+            tidy(folder)
+            manifest, statistics = _write(folder, listing, parts, close)
+        except TinyVLMError:
+            storage.remove_tree(folder)
+            raise
+        Lease.check(folder, lease.number)
+        close_folder(folder, manifest, statistics)
     return folder
 
 
@@ -89,20 +96,17 @@ def cut(tables: Iterable[pa.Table], rows_per_part: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def _write(folder: Path, listing: Listing, parts: Iterable[pa.Table], close: Close) -> None:
+def _write(folder: Path, listing: Listing, parts: Iterable[pa.Table], close: Close) -> tuple[Manifest, dict[str, Any]]:
     started = time.perf_counter()
-    (folder / "data").mkdir(parents=True)
     entries: dict[str, dict[str, Any]] = {}
     statuses: Counter[str] = Counter()
     for index, table in enumerate(parts):
         if "status" in table.column_names:
             statuses.update(table["status"].to_pylist())
-        path = folder / "data" / f"part-{index:05d}.parquet"
-        entries[path.name] = _write_part(path, table)
+        name = Part(index, "", 0, 0).file_name
+        entries[name] = _write_part(folder / "data" / name, table)
     num_rows = sum(entry["rows"] for entry in entries.values())
     more = close(num_rows, statuses)
-    seconds = round(time.perf_counter() - started, 2)
-    counts = dict(statuses.most_common())
     manifest = Manifest(
         stage=listing.name,
         version=listing.version,
@@ -111,19 +115,22 @@ def _write(folder: Path, listing: Listing, parts: Iterable[pa.Table], close: Clo
         inputs={"files": listing.inputs, "folders": {}},
         rows_in=num_rows,
         rows_out=num_rows,
-        statuses=counts,
+        statuses=dict(statuses.most_common()),
         files=entries,
-        seconds=seconds,
+        seconds=round(time.perf_counter() - started, 2),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tinyvlm_version=tinyvlm.__version__,
         git_commit=git_commit(),
+        extra=more.extra,
     )
-    statistics = {"stage": listing.name, "rows_in": num_rows, "rows_out": num_rows, "statuses": counts}
-    close_folder(folder, manifest, {**statistics, "seconds": seconds, **more})
+    numbers = {"rows_in": num_rows, "rows_out": num_rows, "statuses": manifest.statuses, "seconds": manifest.seconds}
+    return manifest, {"stage": listing.name, **numbers, **more.statistics}
 
 
 def _write_part(path: Path, table: pa.Table) -> dict[str, Any]:
-    pq.write_table(table.combine_chunks(), path, compression="zstd")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return describe_part(path)
+    with storage.draft(path) as draft:
+        draft.write_table(table.combine_chunks(), compression="zstd")
+        with draft.content() as content:
+            described = describe(content)
+        draft.publish()
+    return described

@@ -29,6 +29,7 @@ from tinyvlm.data.pictures.bodies import Body, read_bodies
 from tinyvlm.errors import ConfigError
 from tinyvlm.folders import Manifest, part_paths, read_rows, scan
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
@@ -157,7 +158,7 @@ class Preprocess(Stage):
         """The picture settings with which `download` finished its pictures; empty when it kept originals."""
         if "download" not in self.folders:
             return {}
-        made: dict[str, Any] = Manifest.read(Path(self.folders["download"])).settings.get("picture", {})
+        made: dict[str, Any] = Manifest.read(address(self.folders["download"])).settings.get("picture", {})
         return made
 
     def _of_download(self, rows: pa.Table) -> Iterator[Decoded]:

@@ -30,6 +30,7 @@ from tinyvlm import schema
 from tinyvlm.data.placeholder import THUMB, thumbnail
 from tinyvlm.folders import part_paths
 from tinyvlm.images import ImageError, LimitConfig, decode
+from tinyvlm.storage import readable
 
 SIMILAR_BITS = 4
 """Hashes that differ in no more of their 64 bits are nearly equal."""
@@ -147,7 +148,7 @@ class _Sketch:
 
 def _count(paths: Sequence[Path], least: Mapping[str, int]) -> dict[str, dict[str | int, _Links]]:
     """column → value → its links, for every value that occurs at least `least[column]` times (and for some others)."""
-    num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    num_rows = sum(pq.read_metadata(readable(path)).num_rows for path in paths)
     sketches = {column: _Sketch(num_rows) for column in least}
     for _, rows in _light(paths):
         for column, sketch in sketches.items():
@@ -170,7 +171,7 @@ def _light(paths: Sequence[Path]) -> Iterator[tuple[int, pa.Table]]:
     """Each part's usable rows, without pictures."""
     columns = ["key", "url", "sha256", "phash", "final_url"]
     for part, path in enumerate(paths):
-        yield part, pq.read_table(path, columns=columns, filters=[("status", "=", schema.OK)])
+        yield part, pq.read_table(readable(path), columns=columns, filters=[("status", "=", schema.OK)])
 
 
 def _with(rows: pa.Table, column: str) -> pa.Table:
@@ -249,7 +250,7 @@ def _read_thumbs(paths: Sequence[Path], places: Sequence[tuple[int, int]]) -> di
         by_part.setdefault(part, []).append(key)
     found: dict[tuple[int, int], NDArray[np.uint8]] = {}
     for part, keys in by_part.items():
-        rows = pq.read_table(paths[part], columns=["key", "image"], filters=[("key", "in", keys)])
+        rows = pq.read_table(readable(paths[part]), columns=["key", "image"], filters=[("key", "in", keys)])
         for key, image in zip(rows["key"].to_pylist(), rows["image"].to_pylist(), strict=True):
             try:
                 found[part, key] = thumbnail(np.asarray(decode(image or b"", LimitConfig())))

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tinyvlm.folders import part_paths
+from tinyvlm.storage import readable
 
 
 def rows_by_key(folder: Path, keys: Iterable[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
@@ -20,7 +21,7 @@ def rows_by_key(folder: Path, keys: Iterable[int], columns: Sequence[str]) -> di
         if len(found) == len(wanted):
             break
         filters = [("key", "in", sorted(wanted - set(found)))]
-        for row in pq.read_table(path, columns=["key", *columns], filters=filters).to_pylist():
+        for row in pq.read_table(readable(path), columns=["key", *columns], filters=filters).to_pylist():
             found[int(row["key"])] = row
     return found
 

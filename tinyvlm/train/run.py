@@ -26,6 +26,7 @@ import tinyvlm
 from tinyvlm import config as settings
 from tinyvlm.errors import StageError
 from tinyvlm.folders import Manifest, close_folder, find_folder, git_commit, point_latest
+from tinyvlm.storage import require_disk
 from tinyvlm.train import metrics
 from tinyvlm.train.settings import TrainConfig
 
@@ -136,6 +137,7 @@ def open_run(
     Raises:
         StageError: a folder that it reads is not there.
     """
+    require_disk(stage, *inputs, root)
     prepare = find_folder(inputs, "prepare", stage).absolute()
     identities = {"prepare": Manifest.read(prepare).identity}
     init = ""

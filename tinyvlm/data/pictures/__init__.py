@@ -28,13 +28,13 @@ import pyarrow as pa
 from tinyvlm import config as settings
 from tinyvlm import schema, stage
 from tinyvlm.data import hub
-from tinyvlm.data.listing import Listing, make_folder
+from tinyvlm.data.listing import Closing, Listing, cut, make_folder
 from tinyvlm.data.pictures.folders import Folder, survey
 from tinyvlm.data.pictures.found import IMAGE_SUFFIXES, PicturesConfig, Source, address
 from tinyvlm.data.pictures.tables import Tables, has_images
 from tinyvlm.data.pictures.tars import Tars
 from tinyvlm.errors import DataError
-from tinyvlm.folders import Input, point_latest
+from tinyvlm.folders import Input, is_finished, point_latest
 
 __all__ = ["STAGE", "PicturesConfig", "find_sources", "open_pictures", "stage_given"]
 
@@ -62,8 +62,8 @@ def open_pictures(places: Sequence[str], config: PicturesConfig, root: Path) -> 
         name=STAGE, version=VERSION, fingerprint=fingerprint, settings=config, inputs=[s.name for s in sources]
     )
     folder = listing.folder(root)
-    if not (folder / "manifest.json").is_file():
-        make_folder(listing, root, _tables(sources, config), config.rows_per_part, partial(_close, sources))
+    if not is_finished(folder):
+        make_folder(listing, root, cut(_tables(sources, config), config.rows_per_part), partial(_close, sources))
     point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
 
@@ -180,7 +180,7 @@ def _tables(sources: Sequence[Source], config: PicturesConfig) -> Iterator[pa.Ta
         yield pa.table({name: columns[name] for name in schema.PICTURES.names}, schema=schema.PICTURES)
 
 
-def _close(sources: Sequence[Source], num_rows: int, statuses: Counter[str]) -> dict[str, Any]:
+def _close(sources: Sequence[Source], num_rows: int, statuses: Counter[str]) -> Closing:
     """Statistics of a listing, and its last checks."""
     names = ", ".join(source.name for source in sources)
     for source in sources:
@@ -194,8 +194,10 @@ def _close(sources: Sequence[Source], num_rows: int, statuses: Counter[str]) -> 
     left_out = sum((source.left_out for source in sources), Counter[str]())
     if left_out:
         log.info("pictures: not used: %s", ", ".join(f"{count} {what}" for what, count in left_out.most_common()))
-    return {
-        "sources": [source.name for source in sources],
-        "damaged": damaged,
-        "left_out": dict(left_out.most_common()),
-    }
+    return Closing(
+        statistics={
+            "sources": [source.name for source in sources],
+            "damaged": damaged,
+            "left_out": dict(left_out.most_common()),
+        }
+    )
