@@ -248,7 +248,7 @@ def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
     patch = patch or pytest.MonkeyPatch()
     patch.setattr(upkeep, "STALE_S", -1.0)
     patch.setattr(storage.Disk, "sync", lambda self, path: None)
-    for module in (links, stage_run):
+    for module in (listing, stage_run):
         patch.setattr(module, "git_commit", lambda: None)
 
 
