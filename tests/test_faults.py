@@ -254,8 +254,8 @@ def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
 
 @pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
 def test_some_faults(drill: Drill, victims: Victims, tmp_path: Path) -> None:
-    ends = sweep(drill, victims, tmp_path, tmp_path, (*DEADLY, *FAILING), some=24)
-    assert ends[DIED] >= 10
+    ends = sweep(drill, victims, tmp_path, tmp_path, (*DEADLY, *FAILING), some=20)
+    assert ends[DIED] >= 8
     assert ends[REFUSED] >= 1
 
 
@@ -268,8 +268,8 @@ def test_every_fault(drill: Drill, victims: Victims, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
 def test_some_faults_in_an_object_store(drill: Drill, bucket: Path, victims: Victims, tmp_path: Path) -> None:
-    ends = sweep(drill, victims, tmp_path, bucket, ("before", "after", "io"), some=8)
-    assert ends[DIED] >= 2
+    ends = sweep(drill, victims, tmp_path, bucket, ("before", "after", "io"), some=6)
+    assert ends[DIED] >= 1
 
 
 @pytest.mark.slow

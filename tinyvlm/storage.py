@@ -35,7 +35,8 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 """What file systems without hard links answer."""
 
 
-Content = str | bytes | memoryview | pa.Buffer
+Content = str | bytes | memoryview
+"""Or any other buffer, as Arrow's."""
 
 
 class Disk:
@@ -45,7 +46,7 @@ class Disk:
         """With its parents; one that is there already is as good."""
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, content: bytes | memoryview | pa.Buffer) -> None:
+    def write(self, path: Path, content: bytes | memoryview) -> None:
         """A new file, or an old one anew; not flushed."""
         with path.open("wb") as file:
             file.write(content)
