@@ -27,6 +27,7 @@ from ray_jobs._progress import Progress, many
 from tinyvlm import errors, storage
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest, Part, PartResult, write_atomic
+from tinyvlm.journal import Outlook
 from tinyvlm.stage_run import StageRun
 
 __all__ = ["PartWorker", "StageResources", "plan", "run_stage"]
@@ -129,7 +130,11 @@ class _Pool:
         """Results in the order in which parts end."""
         name, folder = self.run.stage.name, self.run.folder
         log.info("%s: %s to do by %s of %s", name, many(len(parts), "part"), many(self.size, "worker"), self.resources)
-        progress = Progress(name, folder, self.run.source.parts, self.run.todo()[1], metrics=StageMetrics(name))
+        progress = Progress(
+            *(name, folder, self.run.source.parts, self.run.todo()[1]),
+            poll=Outlook(folder / "data"),
+            metrics=StageMetrics(name),
+        )
         with progress, contextlib.closing(self._answers(parts, lease_number)) as answers:
             try:
                 for answer in answers:

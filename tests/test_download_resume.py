@@ -25,7 +25,7 @@ from tinyvlm.data.links import LinksConfig, open_links
 from tinyvlm.errors import StageError
 from tinyvlm.folders import scan
 from tinyvlm.images import LimitConfig, PictureConfig
-from tinyvlm.journal import Journal
+from tinyvlm.journal import Journal, Outlook
 from tinyvlm.stage_run import StageRun, run_local
 from tinyvlm.toy.web_server import running
 
@@ -177,3 +177,16 @@ def test_a_journal_survives_damage_and_repeats(tmp_path: Path) -> None:
     assert journal.read().num_rows == 0
     journal.remove()
     assert not os.listdir(tmp_path)
+
+
+def test_journals_tell_how_far_their_parts_are(tmp_path: Path) -> None:
+    columns = pa.schema([pa.field("key", pa.int64(), False), pa.field("status", pa.string())])
+    outlook = Outlook(tmp_path)
+    assert outlook() == {}
+    first, second = (Journal(tmp_path / f".part-0000{n}.parquet.journal", columns) for n in (3, 7))
+    first.append(pa.table({"key": [1, 2], "status": ["ok", "throttled"]}, schema=columns))
+    second.append(pa.table({"key": [3], "status": ["ok"]}, schema=columns))
+    assert outlook() == {3: {"ok": 1, "throttled": 1}, 7: {"ok": 1}}
+    first.append(pa.table({"key": [4], "status": ["ok"]}, schema=columns))
+    second.remove()
+    assert outlook() == {3: {"ok": 2, "throttled": 1}}

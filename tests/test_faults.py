@@ -19,7 +19,7 @@ from faulty_disk import BROKE, DEADLY, DIED, FAILING, FINISHED, REFUSED, Case, V
 from toy_stages import Double, DoubleConfig, start, write_numbers
 
 from tinyvlm import folders, stage_run, storage, upkeep
-from tinyvlm.data import links, listing
+from tinyvlm.data import listing
 from tinyvlm.data.links import LinksConfig, open_links
 from tinyvlm.errors import StageError
 from tinyvlm.folders import Manifest, find_folder, part_paths, scan
@@ -200,9 +200,10 @@ def sweep(
     operations = log.read_text().splitlines()
     chosen = [(mode, at) for mode in modes for at in range(len(operations))]
     if some is not None:
-        chosen = random.Random(0).sample(chosen, min(some, len(chosen)))
+        decisive = [(mode, at) for mode, at in chosen if mode == "after" and "manifest.json" in operations[at]]
+        chosen = decisive + random.Random(0).sample(chosen, min(some, len(chosen)))
     ends: dict[int, int] = {}
-    for mode, at in chosen:
+    for mode, at in dict.fromkeys(chosen):
         root = place / f"{mode}-{at}"
         copy_tree(given, root)
         end = victims.run(Case(command, str(root), mode, at))
@@ -254,8 +255,8 @@ def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
 
 @pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
 def test_some_faults(drill: Drill, victims: Victims, tmp_path: Path) -> None:
-    ends = sweep(drill, victims, tmp_path, tmp_path, (*DEADLY, *FAILING), some=24)
-    assert ends[DIED] >= 10
+    ends = sweep(drill, victims, tmp_path, tmp_path, (*DEADLY, *FAILING), some=16)
+    assert ends[DIED] >= 8
     assert ends[REFUSED] >= 1
 
 
@@ -268,8 +269,8 @@ def test_every_fault(drill: Drill, victims: Victims, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("drill", DRILLS, ids=lambda drill: drill.name)
 def test_some_faults_in_an_object_store(drill: Drill, bucket: Path, victims: Victims, tmp_path: Path) -> None:
-    ends = sweep(drill, victims, tmp_path, bucket, ("before", "after", "io"), some=8)
-    assert ends[DIED] >= 2
+    ends = sweep(drill, victims, tmp_path, bucket, ("before", "after", "io"), some=6)
+    assert ends[DIED] >= 1
 
 
 @pytest.mark.slow

@@ -171,6 +171,36 @@ def test_discarding_keeps_what_a_retry_brought(tmp_path: Path, moods: Path) -> N
     assert (current_rows(run), again.statuses) == (rows, retried.statuses)
 
 
+def test_what_another_retry_left_is_not_taken_for_this_ones(tmp_path: Path, moods: Path) -> None:
+    run_local(moody(tmp_path, moods, {1: "throttled", 2: "timeout.read", 6: "throttled"})[0])
+    run, _ = moody(tmp_path, moods, {}, retry=("timeout",))
+    run.work(run.todo()[0][0])  # and then it is killed
+    run, asked = moody(tmp_path, moods, {}, retry=("throttled",))
+    assert run_local(run).statuses == {"ok": 15, "timeout.read": 1}
+    assert sorted(asked) == [1, 6]
+    run, asked = moody(tmp_path, moods, {}, retry=("throttled", "timeout"))
+    assert run_local(run).statuses == {"ok": 16}
+    assert asked == [2]
+
+
+def test_after_discarding_a_retry_does_not_fall_back_to_older_outcomes(tmp_path: Path, moods: Path) -> None:
+    run_local(moody(tmp_path, moods, {1: "throttled", 2: "timeout.read", 6: "throttled"})[0])
+    for retry in (("throttled",), ("timeout",)):
+        run_local(moody(tmp_path, moods, {}, retry=retry)[0])
+    run, _ = moody(tmp_path, moods, {})
+    (run.folder / "data" / "part-00003.parquet").unlink()
+    assert discard_damaged(run.folder) == ["part-00003.parquet"]
+    run, asked = moody(tmp_path, moods, {16: "throttled"})
+    manifest = run_local(run)
+    assert asked == [15, 16, 17, 18]
+    assert (manifest.generation, manifest.parts[0]) == (2, "part-00000.g2.parquet")
+    assert manifest.statuses == {"ok": 15, "throttled": 1}
+    retried = run_local(moody(tmp_path, moods, {}, retry=("throttled",))[0])
+    assert (retried.generation, retried.parts[3]) == (3, "part-00003.g3.parquet")
+    assert retried.statuses == {"ok": 16}
+    assert verify(run.folder) == []
+
+
 def test_a_damaged_file_is_named_discarded_and_done_again(
     tmp_path: Path, moods: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ Only stages whose rows cost more than computing (a request to somebody's server)
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,35 @@ import pyarrow as pa
 from tinyvlm import storage
 
 SUFFIX = ".journal"
+
+
+class Outlook:
+    """How far the parts of a folder are that have journals; each of their files is looked at once."""
+
+    def __init__(self, data: Path) -> None:
+        self._data, self._seen = data, dict[str, Counter[str]]()
+
+    def __call__(self) -> dict[int, Counter[str]]:
+        """Index of each part in work → its kept outcomes by status; none on an object store, slow to list."""
+        found: dict[int, Counter[str]] = {}
+        if storage.is_object(self._data):
+            return found
+        for entry in storage.entries(self._data):
+            if entry.is_folder and entry.name.endswith(SUFFIX):
+                part = int(entry.name.removeprefix(".part-").split(".")[0])
+                counts = found.setdefault(part, Counter())
+                for name in storage.sizes(self._data / entry.name):
+                    if name.endswith(".arrow"):
+                        counts.update(self._seen.get(name) or self._look(self._data / entry.name / name))
+        return found
+
+    def _look(self, path: Path) -> Counter[str]:
+        with suppress(OSError, pa.ArrowInvalid), pa.memory_map(str(path)) as file:  # or removed since
+            table = pa.ipc.open_file(file).read_all()  # mapped: the pictures are not read
+            counts = Counter(table["status"].to_pylist())
+            self._seen[path.name] = counts
+            return counts
+        return Counter()
 
 
 class Journal:

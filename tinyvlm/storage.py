@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,8 +35,8 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 """What file systems without hard links answer."""
 
 
-Content: TypeAlias = Any
-"""str, bytes, memoryview or a buffer of pyarrow."""
+Content = str | bytes | memoryview
+"""Or any other buffer, as Arrow's."""
 
 
 class Disk:
@@ -46,7 +46,7 @@ class Disk:
         """With its parents; one that is there already is as good."""
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, content: bytes | memoryview | pa.Buffer) -> None:
+    def write(self, path: Path, content: bytes | memoryview) -> None:
         """A new file, or an old one anew; not flushed."""
         with path.open("wb") as file:
             file.write(content)
