@@ -356,4 +356,5 @@ def each(function: Callable[[T], R], items: Iterable[T], place: Path) -> list[R]
 def settle(folder: Path) -> None:
     """The names in a folder are on the medium, as the contents are: a machine that goes down forgets none of them."""
     if not is_object(folder):
-        disk.sync(folder)
+        with suppress(FileNotFoundError):  # a training stage has no such folder
+            disk.sync(folder)
