@@ -76,8 +76,10 @@ class Screen:
 
     def _table(self) -> Group:
         table = Table(box=None, padding=(0, 2))
-        for column in ("stage", "", "time", ""):
-            table.add_column(column, justify="right" if column == "time" else "left", no_wrap=True)
+        # Of a narrow terminal the last words get what is left.
+        for column, width in (("stage", 10), ("", 1), ("time", 5)):
+            table.add_column(column, justify="right" if column == "time" else "left", no_wrap=True, min_width=width)
+        table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
         styles = {"waiting": "dim", "running": "bold cyan", "done": "green"}
         marks = {"waiting": "·", "running": "▶", "done": "✓"}
         for stage, (state, seconds, word) in self.states.items():

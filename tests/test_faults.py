@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -16,16 +17,21 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from faulty_disk import BROKE, DEADLY, DIED, FAILING, FINISHED, REFUSED, Case, Victims
+from test_download_resume import Web
 from toy_stages import Double, DoubleConfig, start, write_numbers
 
 from tinyvlm import folders, stage_run, storage, upkeep
-from tinyvlm.data import listing
+from tinyvlm.data import downloader, listing
+from tinyvlm.data.download import Download, DownloadConfig
+from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig, open_links
 from tinyvlm.errors import StageError
 from tinyvlm.folders import Manifest, find_folder, part_paths, scan
+from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.journal import Journal
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.toy.web_server import running
 from tinyvlm.upkeep import clean, discard_damaged, verify
 
 
@@ -92,6 +98,17 @@ def run_links(root: Path) -> None:
     open_links(root / "list.jsonl", LinksConfig(url_column="url", caption_column="caption", rows_per_part=3), root)
 
 
+def run_download(root: Path) -> None:
+    """Links, journal and pictures; one part at a time, a few outcomes kept together."""
+    stage = Download(
+        DownloadConfig(fetch=FetchConfig(allow_hosts=("127.0.0.1",)), parts_at_once=1),
+        PictureConfig(size=32, tower_size=32),
+        LimitConfig(),
+    )
+    config = LinksConfig(url_column="url", caption_column="caption", rows_per_part=6)
+    run_local(StageRun(stage, open_links(root / "list.jsonl", config, root), root))
+
+
 # --- what lies there before
 
 
@@ -122,6 +139,12 @@ def prepare_list(root: Path) -> None:
     (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def prepare_web(root: Path) -> None:
+    base_url = os.environ["DRILL_SITE"]
+    rows = [{"url": f"{base_url}/{number % 9}.jpg", "caption": str(number)} for number in range(10)]
+    (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @dataclass(frozen=True)
 class Drill:
     """A command on what was prepared, and the stage whose folder it leaves."""
@@ -142,7 +165,16 @@ DRILLS = [
     Drill(prepare_retried, run_clean),
     Drill(prepare_damaged, run_discard),
     Drill(prepare_list, run_links, "links"),
+    Drill(prepare_web, run_download, "download"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def site() -> Iterator[None]:
+    """Where the links of `prepare_web` lead."""
+    with running(Web().app) as base_url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRILL_SITE", base_url)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +186,13 @@ def victims(object_store: None) -> Iterator[Victims]:
 def outcome(folder: Path) -> dict[str, Any]:
     """All that two folders have in common when they say the same."""
     manifest = Manifest.read(folder)
-    columns = ["key", "url"] if manifest.stage == "links" else ["key", "status", "value"]
+    names = {"links": ["key", "url"], "download": ["key", "status", "sha256", "image", "duplicate_of", "caption"]}
+    columns = names.get(manifest.stage, ["key", "status", "value"])
     table = pa.concat_tables(scan(folder, columns)).sort_by("key")
     numbers = (manifest.identity, manifest.rows_in, manifest.rows_out, manifest.statuses, manifest.generation)
     shown = json.loads(storage.read(folder / "stats.json"))
-    return {"rows": table.to_pylist(), "numbers": numbers, "shown": {**shown, "seconds": 0}}
+    measured = {"seconds": 0, "milliseconds": 0, "charts": 0}
+    return {"rows": table.to_pylist(), "numbers": numbers, "shown": {**shown, **measured}}
 
 
 def everything(root: Path, under: str = "") -> set[str]:
@@ -248,6 +282,7 @@ def make_quick(patch: pytest.MonkeyPatch | None = None) -> None:
     """Nothing is too young to be removed, no disk is waited for, and nobody asks git for the commit."""
     patch = patch or pytest.MonkeyPatch()
     patch.setattr(upkeep, "STALE_S", -1.0)
+    patch.setattr(downloader, "KEEP_ROWS", 3)
     patch.setattr(storage.Disk, "sync", lambda self, path: None)
     for module in (listing, stage_run):
         patch.setattr(module, "git_commit", lambda: None)

@@ -17,6 +17,7 @@ import pytest
 from test_download_resume import LINKS, ROWS, Web, write_list
 from toy_stages import Double, DoubleConfig, start, write_numbers
 
+from ray_jobs import _cli
 from ray_jobs._cluster import StageResources
 from ray_jobs._run_stage import run_stage
 from tinyvlm import cli, schema, storage
@@ -31,6 +32,7 @@ from tinyvlm.errors import ConfigError, DataError, StageError
 from tinyvlm.folders import Manifest, find_folder, part_paths, scan
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.lease import Lease
+from tinyvlm.object_store import ObjectStore
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
 from tinyvlm.storage import address
@@ -274,7 +276,22 @@ def test_names_that_exist_are_left_alone_where_there_are_no_hard_links(
     assert (tmp_path / "a").read_text() == "one"
 
 
+def test_a_store_without_conditional_puts_is_warned_of(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_numbers(tmp_path, num_parts=1)
+    run_local(start(tmp_path, Double(DoubleConfig()), bucket / "with"))
+    assert "conditional" not in caplog.text
+    put = ObjectStore.put
+    monkeypatch.setattr(ObjectStore, "put", lambda self, path, content, new=False: put(self, path, content))
+    run_local(start(tmp_path, Double(DoubleConfig()), bucket / "without"))
+    assert f"{bucket / 'without'} has no conditional put" in caplog.text
+
+
 def test_addresses() -> None:
+    job = _cli.parse("double", ["--recipe", "tiny", "--input", "s3://b/in", "--input", "x", "--output", "s3://b/out"])
+    assert job.inputs == (address("s3://b/in"), Path("x").absolute())
+    assert job.output == address("s3://b/out")
     assert address("runs/a") == Path("runs/a")
     assert address("file:///tmp/a") == Path("/tmp/a")
     assert str(address("s3://bucket/a") / "b.json") == "s3://bucket/a/b.json"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from tinyvlm.errors import DataError, StageError
 
 MIN_FREE_BYTES = 256 * 1024**2
 """A stage does not start on a disk with less than this."""
+log = logging.getLogger(__name__)
 _PART = re.compile(r"part-(\d+)(?:\.g(\d+))?(?:\.[0-9a-f]{16})?\.parquet")
 
 
@@ -259,6 +261,11 @@ def _require_writable(root: Path, writer: str) -> None:
     probe = root / ".probe.tmp"
     try:
         storage.write_atomic(probe, b"")
+        try:
+            storage.create(probe, b"")
+            log.warning("%s has no conditional put: see to it yourself that only one driver writes there", root)
+        except FileExistsError:
+            pass
         storage.remove(probe)
     except OSError as error:
         raise DataError(

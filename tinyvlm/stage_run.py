@@ -100,17 +100,16 @@ class StageRun:
         parts, done = self._plan()
         sizes = storage.sizes(self.folder / "data")
         written = _by_part(sizes)
-        todo: list[Part] = []
-        for part in parts:
+
+        def look(part: Part) -> PartResult | None:
             names = written.get(part.index, [])
             if part.previous:  # of a retry, what it has made itself, and not what another one left
                 names = [name for name in names if part_of(name) == (part.index, part.generation)]
-            result = next(filter(None, (self._read_result(part, name, sizes[name]) for name in names)), None)
-            if result is None:
-                todo.append(part)
-            else:
-                done.append(result)
-        return todo, done
+            return next(filter(None, (self._read_result(part, name, sizes[name]) for name in names)), None)
+
+        results = storage.each(look, parts, self.folder)
+        todo = [part for part, result in zip(parts, results, strict=True) if result is None]
+        return todo, done + [result for result in results if result is not None]
 
     def _plan(self) -> tuple[list[Part], list[PartResult]]:
         """The parts of this run, and the results of those that a finished folder keeps as they are."""
@@ -119,9 +118,13 @@ class StageRun:
         manifest = Manifest.read(self.folder)
         parts: list[Part] = []
         kept: list[PartResult] = []
-        for part in self.source.parts:
-            name = manifest.parts[part.index]
-            result = self._read_result(part, name, int(manifest.files[name]["bytes"]))
+        names = manifest.parts
+
+        def look(part: Part) -> PartResult | None:
+            name = names[part.index]
+            return self._read_result(part, name, int(manifest.files[name]["bytes"]))
+
+        for part, result in zip(self.source.parts, storage.each(look, self.source.parts, self.folder), strict=True):
             if result is None:
                 raise StageError(f"{self.folder} is damaged; see `tinyvlm verify {self.folder}`.")
             if set(self.retry) & set(result.counts):

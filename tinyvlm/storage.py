@@ -19,11 +19,12 @@ import hashlib
 import mmap
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,11 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 """What file systems without hard links answer."""
 
 
+_AT_ONCE = 32
+"""Requests to an object store."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 Content = str | bytes | memoryview
 """Or any other buffer, as Arrow's."""
 
@@ -341,7 +347,16 @@ def remove_tree(path: Path) -> None:
     disk.remove_folder(path)
 
 
+def each(function: Callable[[T], R], items: Iterable[T], place: Path) -> list[R]:
+    """What `function` gives for each item; many at a time where every answer of `place` takes a while to come."""
+    if not is_object(place):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="storage") as threads:
+        return list(threads.map(function, items))
+
+
 def settle(folder: Path) -> None:
     """The names in a folder are on the medium, as the contents are: a machine that goes down forgets none of them."""
     if not is_object(folder):
-        disk.sync(folder)
+        with suppress(FileNotFoundError):  # a training stage has no such folder
+            disk.sync(folder)
