@@ -75,10 +75,10 @@ class Screen:
         self.console.print(f"report  {root / 'report.html'}\nsummary {root / 'summary.json'}\npage    {url}")
 
     def _table(self) -> Group:
-        table = Table(box=None, padding=(0, 2))
+        table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
         # Of a narrow terminal the last words get what is left.
         for column, width in (("stage", 10), ("", 1), ("time", 5)):
-            table.add_column(column, justify="right" if column == "time" else "left", no_wrap=True, min_width=width)
+            table.add_column(column, justify="right" if column == "time" else "left", no_wrap=True, width=width)
         table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
         styles = {"waiting": "dim", "running": "bold cyan", "done": "green"}
         marks = {"waiting": "·", "running": "▶", "done": "✓"}
