@@ -123,7 +123,7 @@ def _ours(setup: Setup) -> dict[str, Any]:
     from tinyvlm import recipes
 
     out = _fresh(setup, "ours")
-    settings = ["links.url_column=url", "links.caption_column=caption"]
+    settings = ["links.url_column=url", "links.caption_column=caption", "download.fetch.rate_per_host=0"]
     settings += [f"download.fetch.allow_hosts={','.join(web.HOSTS)}"]
     recipe = setup.folder / "recipe.json"
     recipe.write_text(json.dumps(config.to_dict(recipes.load("base", settings))))
