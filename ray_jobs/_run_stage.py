@@ -156,7 +156,8 @@ class _Pool:
 
         quieten(ray.data)
         payload = self.ray.cloudpickle.dumps(self.run.for_worker(self.size))
-        at_once = self.run.stage.parts_at_once
+        # Ray fills one worker before it thinks of the next, and ends those for whom nothing is left.
+        at_once = min(self.run.stage.parts_at_once, -(-len(parts) // self.size))
         items = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
         answers = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             PartWorker,

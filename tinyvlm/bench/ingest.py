@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ from tinyvlm import config
 from tinyvlm.bench import web
 from tinyvlm.bench.measure import Cost, measure
 from tinyvlm.errors import ConfigError
-from tinyvlm.folders import find_folder, part_paths
+from tinyvlm.folders import find_folder, scan
 
 CONTENDERS = ("floor", "ours", "img2dataset", "ray_download")
 
@@ -46,6 +47,8 @@ class Setup:
     """File of the certificate authority to trust; None: plain HTTP."""
     img2dataset: Path | None
     """The python of the environment that has it."""
+    small: bool
+    """Pictures of a kilobyte, to see how rows and not pixels cost."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,10 +61,10 @@ def run(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for scheme in options.schemes:
-        with _web(folder, tls=scheme == "https") as (port, authority):
+        with _web(folder, tls=scheme == "https", small=options.small) as (port, authority):
             links = folder / f"links-{scheme}.parquet"
             _write_links(links, f"{scheme}://{{host}}:{port}", options.links)
-            setup = Setup(folder, links, options.links, options.workers, authority, options.img2dataset)
+            setup = Setup(folder, links, options.links, options.workers, authority, options.img2dataset, options.small)
             for name in options.only:
                 if name == "img2dataset" and not options.img2dataset:
                     continue
@@ -79,13 +82,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schemes", nargs="+", choices=("http", "https"), default=["http", "https"])
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--img2dataset", type=Path, metavar="PYTHON", help="python of an environment that has it")
+    parser.add_argument("--small", action="store_true", help="pictures of a kilobyte, for very many links")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 
 
 @contextlib.contextmanager
-def _web(folder: Path, *, tls: bool) -> Iterator[tuple[int, Path | None]]:
-    command = [sys.executable, "-m", "tinyvlm.bench.web", str(folder), *(["--tls"] if tls else [])]
+def _web(folder: Path, *, tls: bool, small: bool = False) -> Iterator[tuple[int, Path | None]]:
+    command = [
+        sys.executable,
+        "-m",
+        "tinyvlm.bench.web",
+        str(folder),
+        *(["--tls"] if tls else []),
+        *(["--small"] if small else []),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         said = server.stdout.readline() if server.stdout else ""
@@ -130,12 +141,17 @@ def _ours(setup: Setup) -> dict[str, Any]:
     command = [sys.executable, "-m", "ray_jobs.download", "--recipe", str(recipe), "--input", str(setup.links)]
     command += ["--output", str(out), "--workers", str(setup.workers)]
     cost = measure(command, setup.folder / "ours.log", setup.environment)
-    statuses = [
-        pq.read_table(path, columns=["status"])["status"]
-        for path in part_paths(find_folder([out], "download", "the bench"))
-    ]
-    good = sum(int(pc.sum(pc.equal(status, "ok")).as_py() or 0) for status in statuses)
-    return _row(cost, good)
+    tables = scan(find_folder([out], "download", "the bench"), ["status", "finished_at"])
+    rows = pa.concat_tables(tables)
+    good = int(pc.sum(pc.equal(rows["status"], "ok")).as_py() or 0)
+    return {**_row(cost, good), "rows_per_s_by_fifth": _pace(rows["finished_at"])}
+
+
+def _pace(finished_at: pa.ChunkedArray, num_pieces: int = 5) -> str:
+    """Rows a second in each fifth of the rows, in the order in which they were finished: does it get slower?"""
+    times = np.sort(finished_at.cast(pa.int64()).to_numpy()) / 1000
+    edges = times[np.linspace(0, len(times) - 1, num_pieces + 1).astype(int)]
+    return " ".join(f"{len(times) / num_pieces / max(1e-3, seconds):.0f}" for seconds in np.diff(edges))
 
 
 def _img2dataset(setup: Setup) -> dict[str, Any]:
@@ -165,7 +181,13 @@ def _ray_download(setup: Setup) -> dict[str, Any]:
 
 
 def _floor(setup: Setup) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tinyvlm.bench.floor", str(setup.links), str(setup.folder / "pictures")]
+    command = [
+        sys.executable,
+        "-m",
+        "tinyvlm.bench.floor",
+        str(setup.links),
+        str(setup.folder / ("small" if setup.small else "pictures")),
+    ]
     return _row(measure(command, setup.folder / "floor.log", setup.environment), setup.num_links)
 
 
@@ -178,6 +200,6 @@ RUNNERS: dict[str, Callable[[Setup], dict[str, Any]]] = {
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0]) if rows else []
+    names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows)])

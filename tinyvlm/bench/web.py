@@ -1,6 +1,6 @@
 """A local web of photo-like pictures in the sizes that the web has, in a process of its own.
 
-    python -m tinyvlm.bench.web FOLDER [--tls]        prints the port when it listens
+    python -m tinyvlm.bench.web FOLDER [--tls] [--small]        prints the port when it listens
 
 The mix (`MIX`) is of sizes; what the pictures show is coloured noise with the spectrum of photographs, so that they
 pack like photographs do.  Every host of `HOSTS` is this machine.
@@ -13,6 +13,7 @@ import asyncio
 import random
 import ssl
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,19 @@ MIX = (
     (0.02, (2900, 3000)),
 )
 """Share of the links, and the range of the shorter side in px: 300–500, 800–1200, 2–4 and 12 megapixels at 4:3."""
+SMALL = ((1.0, (40, 60)),)
+"""For runs of a million links, in which rows count and not pixels."""
 RATIOS = (1.0, 4 / 3, 4 / 3, 4 / 3, 3 / 2, 3 / 2, 16 / 9, 2.2)
 FORMATS = (*("JPEG",) * 18, "PNG", "WEBP")
 NUM_PICTURES = 100
 
 
-def make_pictures(folder: Path, seed: int = 0) -> list[Path]:
-    """`NUM_PICTURES` files in the shares of the mix; made once."""
+def make_pictures(folder: Path, mix: Sequence[tuple[float, tuple[int, int]]] = MIX, seed: int = 0) -> list[Path]:
+    """`NUM_PICTURES` files in the shares of a mix; made once."""
     lot = random.Random(seed)
     paths = []
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [sides for share, sides in MIX for _ in range(round(share * NUM_PICTURES))]
+    sizes = [sides for share, sides in mix for _ in range(round(share * NUM_PICTURES))]
     for number, (least, most) in enumerate(sizes):
         short = lot.randint(least, most)
         long = round(short * (4 / 3 if short > 2000 else lot.choice(RATIOS)))
@@ -72,8 +75,9 @@ def link(base: str, number: int) -> str:
     return f"{base.format(host=order.choice(HOSTS))}/{number}/{order.randrange(NUM_PICTURES):03d}.jpg"
 
 
-async def serve(folder: Path, context: ssl.SSLContext | None) -> None:
-    bodies = {path.stem: (path.read_bytes(), f"image/{path.suffix[1:]}") for path in make_pictures(folder)}
+async def serve(pictures: Sequence[Path], context: ssl.SSLContext | None) -> None:
+    """Until it is killed."""
+    bodies = {path.stem: (path.read_bytes(), f"image/{path.suffix[1:]}") for path in pictures}
 
     async def answer(request: web.Request) -> web.Response:
         body, kind = bodies[request.match_info["picture"]]
@@ -95,13 +99,16 @@ async def serve(folder: Path, context: ssl.SSLContext | None) -> None:
 
 def make_certificates(folder: Path) -> tuple[Path, ssl.SSLContext]:
     """A certificate authority's file, for those who ask, and the server's side."""
+    import certifi
     import trustme
 
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*HOSTS).configure_cert(context)
     path = folder / "authority.pem"
-    authority.cert_pem.write_to_path(str(path))
+    # Beside the system's own, as on any machine: some programs read them all for every request.
+    system = ssl.get_default_verify_paths().cafile or certifi.where()
+    path.write_bytes(Path(system).read_bytes() + authority.cert_pem.bytes())
     return path, context
 
 
@@ -109,10 +116,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     context = make_certificates(options.folder)[1] if options.tls else None
-    asyncio.run(serve(options.folder / "pictures", context))
+    name, mix = ("small", SMALL) if options.small else ("pictures", MIX)
+    asyncio.run(serve(make_pictures(options.folder / name, mix), context))
 
 
 if __name__ == "__main__":
