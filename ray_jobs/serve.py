@@ -28,6 +28,7 @@ from tinyvlm import config
 from tinyvlm.errors import CheckpointError, ClusterError, ConfigError
 from tinyvlm.folders import find_folder
 from tinyvlm.serve.settings import ServeConfig
+from tinyvlm.storage import require_disk
 
 APPLICATION = "tinyvlm"
 START_TIMEOUT_S = 600.0
@@ -63,6 +64,7 @@ def find_model(inputs: Sequence[Path]) -> Path:
         StageError: neither is there.
         CheckpointError: the stage folder has no model.
     """
+    require_disk("serve", *inputs)
     for given in inputs:
         if (given / "config.json").is_file():
             return given.absolute()

@@ -206,6 +206,12 @@ def everything(root: Path, under: str = "") -> set[str]:
     return found
 
 
+def clean_all(root: Path) -> None:
+    for entry in storage.entries(root):
+        if entry.is_folder and folders.is_finished(root / entry.name):
+            clean(root / entry.name)
+
+
 def copy_tree(old: Path, new: Path) -> None:
     for entry in storage.entries(old):
         if entry.is_folder:
@@ -229,7 +235,7 @@ def sweep(
     folder = find_folder([straight], drill.stage, "a test")
     expected = outcome(folder)
     assert verify(folder) == []
-    clean(folder)
+    clean_all(straight)
     left = everything(straight)
     operations = log.read_text().splitlines()
     chosen = [(mode, at) for mode in modes for at in range(len(operations))]
@@ -251,7 +257,7 @@ def sweep(
         folder = find_folder([root], drill.stage, "a test")
         assert outcome(folder) == expected, case
         assert verify(folder) == [], case
-        clean(folder)
+        clean_all(root)
         assert everything(root) == left, case
         storage.remove_tree(root)
     return ends

@@ -166,7 +166,7 @@ class Draft:
             draft.write(content)
             draft.publish()
 
-    What is not published leaves nothing behind, unless the process is killed: then a file that `folders.tidy` removes.
+    What is not published leaves nothing behind, unless the process is killed: then a file that `upkeep.tidy` removes.
     """
 
     def __init__(self, path: Path, *, sync: bool = True) -> None:
