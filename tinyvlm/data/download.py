@@ -71,7 +71,7 @@ class Download(Stage):
             self.bytes_per_row = picture.size**2 // 4
         self.parts_at_once = config.parts_at_once
         self._running: Downloader | None = None
-        self._lock = threading.Lock()
+        self._lock, self._assembling = threading.Lock(), threading.Lock()
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Download:
@@ -95,17 +95,19 @@ class Download(Stage):
         links = [(url or "").strip() for url in rows["url"].to_pylist()]
         first: dict[str, int] = {}
         leaders = [first.setdefault(link, place) if link else place for place, link in enumerate(links)]
-        tables = [journal.read() if journal else self.writes.empty_table()]
-        kept = set(tables[0]["key"].to_pylist())
+        kept = set(journal.read()["key"].to_pylist()) if journal else set()
         asked = [place for place in sorted(set(leaders)) if keys[place] not in kept]
+        tables: list[pa.Table] = []
         for batch in self._downloader().outcomes([links[place] for place in asked]):
             table = self._table(rows.take([asked[at] for at, _ in batch]), [outcome for _, outcome in batch])
             if journal:
-                journal.append(table)
-            tables.append(table)
-        done = pa.concat_tables(tables)
-        places = {key: place for place, key in enumerate(done["key"].to_pylist())}
-        answers = done.take([places[keys[leader]] for leader in leaders])
+                journal.append(table)  # and nowhere else: pictures of many parts would fill the memory
+            else:
+                tables.append(table)
+        with self._assembling:
+            done = journal.read() if journal else pa.concat_tables([self.writes.empty_table(), *tables])
+            places = {key: place for place, key in enumerate(done["key"].to_pylist())}
+            answers = done.take([places[keys[leader]] for leader in leaders])
         duplicates = [keys[leader] if leader != place else None for place, leader in enumerate(leaders)]
         columns = {name: answers[name] for name in self.writes.names}
         return self._with(rows, {**columns, "duplicate_of": duplicates})
@@ -118,10 +120,11 @@ class Download(Stage):
             self._running = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_running", "_lock")}
+        stays = ("_running", "_lock", "_assembling")
+        return {name: value for name, value in self.__dict__.items() if name not in stays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _running=None, _lock=threading.Lock())
+        self.__dict__.update(state, _running=None, _lock=threading.Lock(), _assembling=threading.Lock())
 
     def _downloader(self) -> Downloader:
         """One for all threads of this worker."""
