@@ -191,8 +191,11 @@ def outcome(folder: Path) -> dict[str, Any]:
     table = pa.concat_tables(scan(folder, columns)).sort_by("key")
     numbers = (manifest.identity, manifest.rows_in, manifest.rows_out, manifest.statuses, manifest.generation)
     shown = json.loads(storage.read(folder / "stats.json"))
-    measured = {"seconds": 0, "milliseconds": 0, "charts": 0}
-    return {"rows": table.to_pylist(), "numbers": numbers, "shown": {**shown, **measured}}
+    shown["seconds"] = 0
+    for name, section in shown.get("sections", {}).items():
+        if section.get("measured"):
+            shown["sections"][name] = "measured"
+    return {"rows": table.to_pylist(), "numbers": numbers, "shown": shown}
 
 
 def everything(root: Path, under: str = "") -> set[str]:
