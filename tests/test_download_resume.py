@@ -20,9 +20,9 @@ from PIL import Image
 from tinyvlm import images, schema
 from tinyvlm.data import downloader
 from tinyvlm.data.download import Download, DownloadConfig
-from tinyvlm.data.fetch import FetchConfig
+from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher
 from tinyvlm.data.links import LinksConfig, open_links
-from tinyvlm.errors import StageError
+from tinyvlm.errors import NetworkError, StageError
 from tinyvlm.folders import scan
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.journal import Journal, Outlook
@@ -190,3 +190,31 @@ def test_journals_tell_how_far_their_parts_are(tmp_path: Path) -> None:
     first.append(pa.table({"key": [4], "status": ["ok"]}, schema=columns))
     second.remove()
     assert outlook() == {3: {"ok": 2, "throttled": 1}}
+
+
+def test_what_a_broken_network_said_of_links_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloader, "KEEP_ROWS", 8)
+    site = Web()
+    answers, broken = Counter[str](), True
+    fetch = Fetcher.fetch
+
+    async def breaking(self: Fetcher, url: str) -> Answer:
+        answers["all"] += 1
+        if broken and answers["all"] > 160:
+            raise NetworkError("no host answers; is there a network?")
+        if broken and answers["all"] > 100:
+            return Answer("dead.dns", "no such host", final_url=url, attempts=1)
+        return await fetch(self, url)
+
+    monkeypatch.setattr(Fetcher, "fetch", breaking)
+    with running(site.app) as base_url:
+        links = write_list(tmp_path / "links.jsonl", base_url)
+        with pytest.raises(NetworkError, match="is there a network"):
+            run_local(download(tmp_path, links))
+        before = site.asked.total()
+        broken = False
+        run = download(tmp_path, links)
+        run_local(run)
+    assert before > 20
+    assert "dead.dns" not in rows_of(run)["status"].to_pylist()
+    assert site.asked.total() - len(site.asked) <= 64, "what had been answered before is kept"

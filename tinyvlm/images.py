@@ -104,8 +104,8 @@ class PictureConfig:
     def __post_init__(self) -> None:
         if self.size < 1 or self.tower_size < 1:
             raise ConfigError(f"picture.size and .tower_size want at least 1, got {self.size} and {self.tower_size}.")
-        if not 0 <= self.crop_ratio <= 1:
-            raise ConfigError(f"picture.crop_ratio wants 0 to 1, but got {self.crop_ratio}.")
+        if not 0.1 <= self.crop_ratio <= 1:  # below, a thin picture's long side would fill the memory before it is cut
+            raise ConfigError(f"picture.crop_ratio wants 0.1 to 1, but got {self.crop_ratio}.")
         if not 1 <= self.jpeg_quality <= 95:
             raise ConfigError(f"picture.jpeg_quality wants 1 to 95, but got {self.jpeg_quality}.")
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tinyvlm import storage
 
@@ -86,6 +87,13 @@ class Journal:
             draft.write(content.getvalue())
             self._may_write()
             draft.publish()
+
+    def forget(self, statuses: Collection[str]) -> None:
+        """Let go of the rows with these statuses, so that they are done again."""
+        rows, names = self.read(), list(storage.sizes(self.folder))
+        self.append(rows.filter(pc.invert(pc.is_in(rows["status"], pa.array(statuses, pa.string())))))
+        for name in names:
+            storage.remove(self.folder / name)
 
     def remove(self) -> None:
         """The part is finished."""

@@ -21,7 +21,7 @@ from tinyvlm.config import speed
 from tinyvlm.data import download_report
 from tinyvlm.data.downloader import Downloader, Outcome
 from tinyvlm.data.fetch import FetchConfig
-from tinyvlm.errors import ConfigError
+from tinyvlm.errors import ConfigError, NetworkError
 from tinyvlm.folders import Manifest
 from tinyvlm.journal import Journal
 from tinyvlm.stage import Stage
@@ -51,6 +51,10 @@ class DownloadConfig:
                 "download wants parts_at_once from 1, decode_processes from 0 and decode_timeout_s above 0, but got "
                 f"{self.parts_at_once}, {self.decode_processes} and {self.decode_timeout_s}."
             )
+
+
+SUSPECT = schema.statuses_of(("dead.dns", "dead.host", "dead.refused", "broken", "timeout.connect"))
+"""What a network that breaks says of links before the breaker sees that it is the network."""
 
 
 class Download(Stage):
@@ -98,12 +102,17 @@ class Download(Stage):
         kept = set(journal.read()["key"].to_pylist()) if journal else set()
         asked = [place for place in sorted(set(leaders)) if keys[place] not in kept]
         tables: list[pa.Table] = []
-        for batch in self._downloader().outcomes([links[place] for place in asked]):
-            table = self._table(rows.take([asked[at] for at, _ in batch]), [outcome for _, outcome in batch])
+        try:
+            for batch in self._downloader().outcomes([links[place] for place in asked]):
+                table = self._table(rows.take([asked[at] for at, _ in batch]), [outcome for _, outcome in batch])
+                if journal:
+                    journal.append(table)  # and nowhere else: pictures of many parts would fill the memory
+                else:
+                    tables.append(table)
+        except NetworkError:
             if journal:
-                journal.append(table)  # and nowhere else: pictures of many parts would fill the memory
-            else:
-                tables.append(table)
+                journal.forget(SUSPECT)
+            raise
         with self._assembling:
             done = journal.read() if journal else pa.concat_tables([self.writes.empty_table(), *tables])
             places = {key: place for place, key in enumerate(done["key"].to_pylist())}
