@@ -166,7 +166,10 @@ def _next_batch(came: queue.SimpleQueue[Any], most: int) -> Batch:
         except queue.Empty:
             break
         if isinstance(item, BaseException):
-            raise item
+            if not batch:
+                raise item
+            came.put(item)  # for the next call: what came before it is kept first
+            break
         if not batch:
             until = time.monotonic() + KEEP_S
         batch.append(item)
