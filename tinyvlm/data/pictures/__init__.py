@@ -45,7 +45,10 @@ _MAX_BRACES = 1_000_000
 _MAX_SAID = 10
 """How many damaged files are named in the log; the report has them all."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-_WANTED = "a root with a download, a folder, tars or Parquet of pictures, or a dataset of the Hugging Face hub"
+_WANTED = (
+    "a root with a download (see `python -m ray_jobs.download`), a folder, tars or Parquet of pictures, or a dataset of "
+    "the Hugging Face hub"
+)
 
 log = logging.getLogger(__name__)
 
