@@ -46,8 +46,8 @@ _MAX_SAID = 10
 """How many damaged files are named in the log; the report has them all."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _WANTED = (
-    "a root with a download (see `python -m ray_jobs.download`), a folder, tars or Parquet of pictures, or a dataset of "
-    "the Hugging Face hub"
+    "a root with a download (see `python -m ray_jobs.download`), a folder, tars or Parquet of pictures, or a dataset "
+    "of the Hugging Face hub"
 )
 
 log = logging.getLogger(__name__)
