@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import sys
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -99,8 +100,9 @@ class PartWorker:
         return {"answer": [json.dumps(answer) for answer in answers]}
 
     def _answer(self, run: StageRun, part: Part) -> dict[str, Any]:
-        if "torch" in sys.modules:  # a library may have set its own count since
-            sys.modules["torch"].set_num_threads(self.num_threads)
+        torch = sys.modules.get("torch")
+        if hasattr(torch, "set_num_threads"):  # another thread may be importing it at this moment
+            torch.set_num_threads(self.num_threads)  # a library may have set its own count since
         try:
             attempts = _count_attempt(run, part)
             if attempts > MAX_ATTEMPTS:
@@ -114,6 +116,10 @@ class PartWorker:
             return dataclasses.asdict(result)
         except TinyVLMError as error:
             return _failure(error)
+        except Exception as error:  # said as an answer, as above: a full disk, for example
+            return _failure(
+                StageError(f"{run.stage.name} failed in part {part.index} ({type(error).__name__}: {error}).")
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +145,13 @@ class _Pool:
             try:
                 for answer in answers:
                     if "error" in answer:
-                        write_atomic(folder / ERROR_FILE, answer["traceback"])
+                        _keep(folder, answer["traceback"])
                         raise _revive(answer)
                     result = PartResult(**answer)
                     progress.add(result)
                     yield result
             except self.ray.exceptions.RayError as error:
-                write_atomic(folder / ERROR_FILE, traceback.format_exc())
+                _keep(folder, traceback.format_exc())
                 raise StageError(
                     f"{name} lost its workers ({_last_line(error)}); parts that are done stay, and the same command "
                     f"continues (the whole story: {folder / ERROR_FILE})."
@@ -218,6 +224,14 @@ def _revive(answer: Mapping[str, str]) -> TinyVLMError:
     return error or StageError(answer["error"])
 
 
+def _keep(folder: Path, story: str) -> None:
+    """Leave the whole story in the folder; where that is full, the sentence alone must do."""
+    with contextlib.suppress(OSError):
+        write_atomic(folder / ERROR_FILE, story)
+
+
 def _last_line(error: BaseException) -> str:
+    """What went wrong in one line: the last that names an error, for Ray puts advice behind it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return ([type(error).__name__, *lines, *named])[-1]

@@ -78,7 +78,8 @@ class Line:
             "explore.model": "toy:clip", "explore.labels": "toy", "explore.dtype": "float32", "explore.batch_size": 16,
             "encode.vision": "toy:clip", "encode.dtype": "float32", "encode.batch_size": 16,
             "encode.num_image_tokens": 16, "model.num_image_tokens": 16, "encode.feature_width": 128,
-            "encode.placeholder_threshold": 2,
+            "encode.placeholder_threshold": 2, "encode.repeated_links": 0, "encode.similar_links": 0,
+            "encode.redirect_links": 0, "encode.plain_levels": 0,
         }  # fmt: skip
         command = [sys.executable, "-m", f"ray_jobs.{stage}", "--recipe", "base", "--workers", str(WORKERS)]
         command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]

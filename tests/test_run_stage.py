@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,30 @@ def test_an_input_that_is_written_first_is_not_written_in_vain(tmp_path: Path, m
         _cli.run_rows(job, double(), SMALL, open_rows)
     assert opened == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_another_thread_is_importing_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_numbers(tmp_path)
+    run = start(tmp_path, double())
+    worker = PartWorker(pickle.dumps(run.for_worker(1)), Lease.take(run.folder).number, 1)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    answer = json.loads(worker({"part": [json.dumps(dataclasses.asdict(run.source.parts[0]))]})["answer"][0])
+    assert answer["rows_in"] == 4
+
+
+def test_whatever_a_worker_meets_comes_back_as_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_numbers(tmp_path)
+    run = start(tmp_path, double())
+    worker = PartWorker(pickle.dumps(run.for_worker(1)), Lease.take(run.folder).number, 1)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ray_jobs._run_stage.storage.touch", full)
+    answer = json.loads(worker({"part": [json.dumps(dataclasses.asdict(run.source.parts[0]))]})["answer"][0])
+    assert "No space left on device" in answer["error"]
 
 
 def test_a_part_that_kills_every_worker_ends_the_run(tmp_path: Path) -> None:
