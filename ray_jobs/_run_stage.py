@@ -100,7 +100,7 @@ class PartWorker:
         return {"answer": [json.dumps(answer) for answer in answers]}
 
     def _answer(self, run: StageRun, part: Part) -> dict[str, Any]:
-        torch = sys.modules.get("torch")
+        torch: Any = sys.modules.get("torch")
         if hasattr(torch, "set_num_threads"):  # another thread may be importing it at this moment
             torch.set_num_threads(self.num_threads)  # a library may have set its own count since
         try:
