@@ -1,4 +1,4 @@
-"""Carry out a stage over Ray Data: the same folder comes out as from `tinyvlm.stage.run_local`.
+"""Carry out a stage over Ray Data: the same folder comes out as from `tinyvlm.stage_run.run_local`.
 
     parts ──from_items──▶ a fixed pool of PartWorkers: read · map · check · write ──▶ one small answer a part ─▶ driver
 

@@ -47,7 +47,7 @@ class Part:
     offset: int
     num_rows: int
     generation: int = 0
-    """0, or which retry of some rows this is (see retry.py)."""
+    """0, or which retry of some rows this is (see stage_run.py)."""
     previous: str = ""
     """Name of the data file that a retry starts from."""
     made_of: str = ""

@@ -150,6 +150,9 @@ class Decoders:
         try:
             return child.decode(body)
         except (OSError, EOFError) as error:
+            if not child.has_begun and not isinstance(error, TimeoutError):
+                self._drop(child)  # killed while it was idle, and only now seen to be dead: a new one does it
+                return self._decode(body)
             reason = f"no answer in {self._timeout_s:g} s" if isinstance(error, TimeoutError) else child.last_words()
             self._drop(child)
             _log.warning("a decoder process was lost: %s", reason)
@@ -187,7 +190,7 @@ class _Child:
         setup = pickle.dumps(job)
         self._link, theirs = socket.socketpair()
         with theirs, _anonymous_file() as file:
-            os.ftruncate(file.fileno(), max(max_bytes, len(setup)))
+            os.ftruncate(file.fileno(), max(max_bytes, len(setup)) + 1)  # the last byte: it has begun
             self._memory = mmap.mmap(file.fileno(), 0)
             numbers = (theirs.fileno(), file.fileno())
             self._process = subprocess.Popen(
@@ -209,9 +212,15 @@ class _Child:
     def decode(self, body: bytes) -> Decoded:
         """Raises OSError or EOFError if the child died, TimeoutError if it is late."""
         self._memory[: len(body)] = body
+        self._memory[-1] = 0
         facts = json.loads(self._ask(len(body), self._timeout_s))
         num_bytes = facts.pop("image")
         return Decoded(**facts, image=None if num_bytes is None else self._memory[:num_bytes])
+
+    @property
+    def has_begun(self) -> bool:
+        """It looked at the last picture that it was given; one that died before is not that picture's fault."""
+        return bool(self._memory[-1])
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -253,6 +262,7 @@ def serve(link_number: int, memory_number: int, parent: int) -> None:
         job: _Job = pickle.loads(memory[: int(lines.readline())])
         link.sendall(b"ready\n")
         for line in lines:
+            memory[-1] = 1
             decoded = _done(job, memory[: int(line)])
             facts: dict[str, Any] = dataclasses.asdict(decoded)
             if decoded.image is not None:
