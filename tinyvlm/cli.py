@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from tinyvlm.bench import encode, ingest
+    from tinyvlm.data.commands import add_data_commands
 
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--url", default=DEFAULT_URL)
     ask.add_argument("--model", default="tinyvlm")
     ask.set_defaults(run=_ask)
+
+    add_data_commands(commands.add_parser("data", help="take conversations elsewhere"))
 
     verify = commands.add_parser("verify", help="check a stage folder against its checksums")
     verify.add_argument("folder", type=address)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from tinyvlm import images, schema, storage
 from tinyvlm.data.decoding import Decoded, Decoders
-from tinyvlm.data.sources import GivenImage
+from tinyvlm.data.sources import GivenImage, StoredImage
 
 _DATA = re.compile(r"data:[^,;]*((?:;[^,;]*)*),", re.IGNORECASE)
 
@@ -60,7 +61,7 @@ class GivenImages:
             body: self._decoders.submit(body) for body in dict.fromkeys(bodies.values()) if isinstance(body, bytes)
         }
         return {
-            image: self._kept(body, coming[body].result())
+            image: _known(image, body, self._kept(body, coming[body].result()))
             if isinstance(body, bytes)
             else Decoded(status=body.status, detail=body.detail)
             for image, body in bodies.items()
@@ -70,9 +71,14 @@ class GivenImages:
         """The bytes of a picture."""
         if isinstance(image, bytes):
             return image
+        if isinstance(image, StoredImage):
+            beside = {"": storage.address(image.folder)} if image.folder else {}
+            if image.name is None:
+                return Unreadable("no_picture", "its row came without the picture")
+            return self._of_file(image.name, {**beside, **self.folders})
         if image[:5].lower() == "data:":
             return _of_data_address(image)
-        return self._of_file(image)
+        return self._of_file(image, self.folders)
 
     def close(self) -> None:
         """End the decoder processes."""
@@ -80,11 +86,11 @@ class GivenImages:
 
     def _kept(self, body: bytes, decoded: Decoded) -> Decoded:
         if decoded.status == schema.OK and images.is_finished(body, self.picture):
-            return Decoded(**{**vars(decoded), "image": body})
+            return replace(decoded, image=body)
         return decoded
 
-    def _of_file(self, name: str) -> bytes | Unreadable:
-        found = self._place(name)
+    def _of_file(self, name: str, folders: Mapping[str, Path]) -> bytes | Unreadable:
+        found = _place(name, folders)
         if isinstance(found, Unreadable):
             return found
         try:
@@ -97,23 +103,33 @@ class GivenImages:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             return Unreadable("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}")
 
-    def _place(self, name: str) -> Path | Unreadable:
-        """Where a named picture lies; a name never leads out of its folder."""
-        clean = posixpath.normpath(name.replace("\\", "/"))
-        fitting = [prefix for prefix in self.folders if not prefix or f"{clean.strip('/')}/".startswith(f"{prefix}/")]
-        if not fitting:
-            known = ", ".join(repr(prefix) for prefix in self.folders) or "none"
-            return Unreadable("no_picture", f"{name} is under no folder of prepare.images (there are {known})")
-        prefix = max(fitting, key=len)
-        folder = self.folders[prefix]
-        if clean.startswith("/") and not storage.is_object(folder):  # whole paths are taken when they lead there
-            whole, root = Path(clean), folder.absolute()
-            if whole.is_relative_to(root):
-                return whole
-        rest = clean.strip("/").removeprefix(prefix).lstrip("/")
-        if rest.startswith("..") or not rest or rest == ".":
-            return Unreadable("no_picture", f"{name} leads out of {folder}")
-        return folder / rest
+
+def _place(name: str, folders: Mapping[str, Path]) -> Path | Unreadable:
+    """Where a named picture lies; a name never leads out of its folder."""
+    clean = posixpath.normpath(name.replace("\\", "/"))
+    fitting = [prefix for prefix in folders if not prefix or f"{clean.strip('/')}/".startswith(f"{prefix}/")]
+    if not fitting:
+        known = ", ".join(repr(prefix) for prefix in folders) or "none"
+        return Unreadable("no_picture", f"{name} is under no folder of prepare.images (there are {known})")
+    prefix = max(fitting, key=len)
+    folder = folders[prefix]
+    if clean.startswith("/") and not storage.is_object(folder):  # whole paths are taken when they lead there
+        whole, root = Path(clean), folder.absolute()
+        if whole.is_relative_to(root):
+            return whole
+    rest = clean.strip("/").removeprefix(prefix).lstrip("/")
+    if rest.startswith("..") or not rest or rest == ".":
+        return Unreadable("no_picture", f"{name} leads out of {folder}")
+    return folder / rest
+
+
+def _known(image: GivenImage, body: bytes, decoded: Decoded) -> Decoded:
+    """With the hashes of the picture that a finished one was made of, if the record has them and they are its own."""
+    if not isinstance(image, StoredImage) or image.sha256 is None or image.name is None:
+        return decoded
+    is_its_own = PurePosixPath(image.name).stem == hashlib.sha256(body).hexdigest()
+    phash = decoded.phash if image.phash is None else image.phash
+    return replace(decoded, sha256=image.sha256, phash=phash) if is_its_own else decoded
 
 
 def _of_data_address(text: str) -> bytes | Unreadable:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyarrow as pa
 
@@ -32,7 +33,8 @@ from tinyvlm.data.conversations import check, to_columns
 from tinyvlm.data.decoding import Decoded
 from tinyvlm.data.given_images import GivenImages
 from tinyvlm.data.records import read_records
-from tinyvlm.data.sources import Dialogue, FileSource, PictureSource, SourceRow
+from tinyvlm.data.rewriting import RewriteConfig
+from tinyvlm.data.sources import Dialogue, FileSource, PictureSource, SourceRow, StoredImage
 from tinyvlm.errors import ConfigError, DataError, InputError
 from tinyvlm.stage import Stage
 from tinyvlm.storage import address
@@ -44,7 +46,15 @@ if TYPE_CHECKING:
 KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
-SourceName = Literal["captions", "easy_vqa"]
+AnswerForm = Literal["sentence", "short", "rewritten"]
+SourceName = Literal["captions", "easy_vqa", "vqa_v2", "csv"]
+SOURCES: Mapping[SourceName, str] = {
+    "captions": "captions:Captions",
+    "easy_vqa": "easy_vqa:EasyVQA",
+    "vqa_v2": "vqa_v2:VQAv2",
+    "csv": "table:Table",
+}
+"""Name of a source → module of `data/sources` and class in it; imported when it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +62,8 @@ class PrepareConfig:
     """What is read, what is said about each picture, and what is held out."""
 
     source: SourceName = "captions"
-    """`captions`: the link list's own words; `easy_vqa`: the questions of that package."""
+    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `vqa_v2`: the official files;
+    `csv`: what `tinyvlm data export` wrote, or a table with instruction, inputs, outputs and image_path."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
@@ -76,6 +87,14 @@ class PrepareConfig:
     """Training conversations of a single question; test pictures always get all of theirs."""
     turns_per_conversation: int = 5
     """Most questions in one multi-turn conversation; 0: no multi-turn conversations."""
+    answer_form: AnswerForm = "sentence"
+    """vqa_v2: `sentence`: answers made into sentences by rules; `short`: as the set has them; `rewritten`: sentences by
+    the endpoint of `rewrite` for what is trained on, and by rules where it has none."""
+    questions_per_conversation: int = 1
+    """vqa_v2: of neighbouring questions about the same picture so many become one conversation in training."""
+    train_on: tuple[str, ...] = ("train",)
+    """vqa_v2: how the names of those parts begin that are trained on; other parts become test rows."""
+    rewrite: RewriteConfig = field(default_factory=RewriteConfig)
     text_only_share: float = 0.1
     """Share of pictures about which one question is also asked in words alone, 0 … 1."""
     validation_share: float = 0.001
@@ -97,6 +116,11 @@ class PrepareConfig:
                 f"prepare.limit and prepare.rows_per_part want at least 1 and prepare.max_tokens at least 0, got "
                 f"{self.limit}, {self.rows_per_part} and {self.max_tokens}."
             )
+        asked = self.questions_per_conversation
+        if not 1 <= asked <= 100:
+            raise ConfigError(f"prepare.questions_per_conversation is {asked}; it must lie between 1 and 100.")
+        if self.answer_form == "rewritten" and not self.rewrite.url:
+            raise ConfigError("prepare.answer_form=rewritten wants an endpoint; give it as prepare.rewrite.url.")
         if self.max_tokens and not self.count_tokens:
             raise ConfigError("prepare.max_tokens wants tokens counted; set prepare.count_tokens=true.")
         if not self.called.replace("_", "").replace("-", "").isalnum():
@@ -110,7 +134,10 @@ class PrepareConfig:
     @property
     def listed(self) -> dict[str, Any]:
         """The settings that decide what the `records` folder holds."""
-        return {name: getattr(self, name) for name in ("source", "columns", "known", "limit", "rows_per_part")}
+        names = ["source", "columns", "known", "limit", "rows_per_part"]
+        if self.source == "vqa_v2":
+            names += ["questions_per_conversation", "train_on", "answer_form", "rewrite"]
+        return {name: getattr(self, name) for name in names}
 
 
 class Prepare(Stage):
@@ -232,9 +259,9 @@ class Prepare(Stage):
         usable = [image for _, _, one in told if one.status == schema.OK for image in one.images]
         finished = self._images.finish(usable)
         for key, number, one in told:
-            shown = [finished[image] for image in one.images] if one.status == schema.OK else []
+            shown = [finished[image] for image in one.images] if one.status == schema.OK else _told(one)
             bad = next((image for image in shown if image.status != schema.OK), None)
-            if bad is not None:
+            if bad is not None and one.status == schema.OK:
                 one = replace(one, status=bad.status, detail=bad.detail)
             yield key, number, one, shown
 
@@ -293,7 +320,7 @@ class Prepare(Stage):
 
     def _split(self, one: Dialogue, shown: Sequence[Decoded]) -> schema.Split:
         """Training conversations that are held out: by what they are about, so that no picture is on both sides."""
-        if one.split != "train":
+        if one.split != "train" or one.keeps_split:
             return one.split
         pictures = "".join(sorted(image.sha256 or "" for image in shown))
         by = one.held_out_by or pictures or "\n".join(message.text for message in one.messages)
@@ -302,18 +329,20 @@ class Prepare(Stage):
 
 def open_source(config: PrepareConfig) -> PictureSource | FileSource:
     """The reader that the settings name."""
-    if config.source == "easy_vqa":
-        from tinyvlm.data.sources.easy_vqa import EasyVQA
-
-        return EasyVQA(config)
-    from tinyvlm.data.sources.captions import Captions
-
-    return Captions(config)
+    module, name = SOURCES[config.source].split(":")
+    reader = getattr(importlib.import_module(f"{sources.__name__}.{module}"), name)
+    return cast(PictureSource | FileSource, reader(config))
 
 
 def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     told = list(dialogues)[:KEYS_PER_ROW]
     return told or [Dialogue("caption", "train", (), status="bad_text", detail="the settings ask for no words")]
+
+
+def _told(one: Dialogue) -> list[Decoded]:
+    """What is known, without looking, of the pictures of a conversation that cannot be used."""
+    stored = [image for image in one.images if isinstance(image, StoredImage)]
+    return [Decoded(status=one.status, sha256=image.sha256, phash=image.phash) for image in stored]
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -270,6 +270,34 @@ def _speaking(file: str) -> Iterator[None]:
         raise DataError(f"{file} cannot be read as {Path(file).suffix[1:] or 'JSON'}: {reason}") from error
 
 
+def read_items(file: str, prefix: str, checksum: Any = None) -> Iterator[dict[str, Any]]:
+    """The objects of an array inside a JSON file, a few in memory at a time; what is no object comes as an empty one.
+
+    Args:
+        prefix: where the array is, as ijson names it: `questions.item`.
+        checksum: one of hashlib's; has all of the file's bytes when the last object has come.
+
+    Raises:
+        DataError: the file cannot be read, or is no JSON.
+    """
+    with _speaking(file), open_file(file) as raw:
+        summed = raw if checksum is None else _Summed(raw, checksum)
+        for item in ijson.items(summed, prefix, use_float=True, buf_size=_READ_BYTES):
+            yield item if isinstance(item, dict) else {}
+
+
+class _Summed:
+    """A file that adds what is read of it to a checksum."""
+
+    def __init__(self, raw: BinaryIO, checksum: Any) -> None:
+        self._raw, self._checksum = raw, checksum
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        data = self._raw.read(num_bytes)
+        self._checksum.update(data)
+        return data
+
+
 def _lines(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     with open_file(file) as raw, io.BufferedReader(cast(io.RawIOBase, raw), _READ_BYTES) as lines:
         offset = 0
@@ -297,9 +325,8 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
             raise DataError(f"{file} is one JSON object; an array of records was wanted, or one record a line.")
         yield from _lines(file)
         return
-    with open_file(file) as raw:
-        for number, record in enumerate(ijson.items(raw, "item", use_float=True, buf_size=_READ_BYTES)):
-            yield (number, None), record if isinstance(record, dict) else {}
+    for number, record in enumerate(read_items(file, "item")):
+        yield (number, None), record
 
 
 def _table(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
