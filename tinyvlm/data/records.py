@@ -47,8 +47,8 @@ MAX_COPIED_BYTES = 16_384
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
-_BYTES_PER_RECORD = 2_000
-"""A guess, for how many files the sorting goes through."""
+_BYTES_PER_RECORD = 250
+"""A low guess, for how many files the sorting goes through: each comes into memory as a whole."""
 
 Place = tuple[int, int | None]
 """Offset and length in bytes, or a row's number and None."""
