@@ -86,8 +86,10 @@ def located(file: str) -> Located:
 
 def subset_name(text: str) -> str:
     """How the data set is called that a file or folder of that name has."""
-    words = [word for word in _words(text) if word not in _SPLITS and not _VERSION.fullmatch(word)]
+    words = [word for word in _words(text) if word not in _SPLITS]
     name = "-".join(words)
+    if name not in SUBSETS:  # vqa-v2 is no edition
+        name = "-".join(word for word in words if not _VERSION.fullmatch(word))
     return _CALLED.get(name, name)
 
 
@@ -124,8 +126,9 @@ def choose(files: Sequence[str], subsets: Collection[str]) -> tuple[list[str], C
         passed[reason] += len(rows) - len(kept)
         return kept
 
-    if subsets:
-        rows = keep([file for file in rows if located(file).subset in {*subsets, ""}], "not in prepare.subsets")
+    if subsets:  # files that say nothing are looked into when other files do not have it all
+        wanted = {*subsets} | ({""} if {*subsets} - {located(file).subset for file in rows} else set())
+        rows = keep([file for file in rows if located(file).subset in wanted], "not in prepare.subsets")
     for kind in () if subsets else _OTHER:
         rows = keep([file for file in rows if OTHERS.get(located(file).subset) != kind], kind)
     training = [file for file in rows if located(file).split == "train"]
