@@ -276,6 +276,16 @@ def open_file(file: str) -> BinaryIO:
     return storage.address(file).open("rb")
 
 
+def read_file(file: str) -> bytes:
+    """All of a small file.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    with _speaking(file), open_file(file) as raw:
+        return raw.read()
+
+
 @contextmanager
 def _speaking(file: str) -> Iterator[None]:
     """Turns what reading a bad file raises into one sentence."""

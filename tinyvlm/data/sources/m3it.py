@@ -31,10 +31,11 @@ from tinyvlm import storage
 from tinyvlm.chat import Message, Part, Picture
 from tinyvlm.data import hub
 from tinyvlm.data.given_images import Unreadable, from_base64
-from tinyvlm.data.records import open_file
+from tinyvlm.data.records import open_file, read_file
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, Outline, RowReader, drawn, text_of
 from tinyvlm.data.sources.m3it_files import SUBSETS, TASKS, choose, is_instructions, located, subset_name
 from tinyvlm.errors import DataError
+from tinyvlm.schema import Family
 
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
@@ -63,7 +64,7 @@ class M3IT(FileSource):
 
     name = "m3it"
     suffixes = (".jsonl", ".json", ".parquet")
-    required = ("instruction", "inputs", "outputs")
+    required: tuple[str, ...] = ("instruction", "inputs", "outputs")
     """Of the loader's form; the repository's files have other fields, for which `records` asks itself."""
 
     def __init__(self, config: PrepareConfig) -> None:
@@ -138,7 +139,7 @@ class M3IT(FileSource):
         inputs, answers = _inputs(record, subset), _answers(record, subset) or [""]
         instructions = about.get("instructions") or [_instruction(record)] * len(answers)
         status, detail = _trouble(images, instructions[0] or inputs)
-        family = about["family"] if images else "text"
+        family: Family = about["family"] if images else "text"
         good = tuple(image for image in images if not isinstance(image, Unreadable))
         told = []
         for instruction, answer in zip(instructions, answers, strict=True):
@@ -164,8 +165,7 @@ class M3IT(FileSource):
 
     def _learn(self, file: str) -> None:
         """Read a list of instructions."""
-        with open_file(file) as raw:
-            text = raw.read()
+        text = read_file(file)
         try:
             value = json.loads(text)
         except ValueError:
