@@ -18,6 +18,8 @@ from given_folders import given_folder
 from test_prepare import CONFIG as EASY_VQA
 from test_prepare import all_pictures, encoded, world
 from test_records import jpeg
+from test_source_m3it import lay, packed
+from test_source_m3it import row as m3it_row
 from test_source_vqa_v2 import official
 from tiny_model import picture
 
@@ -104,6 +106,13 @@ def easy_vqa(root: Path) -> Path:
     )
 
 
+def m3it(root: Path) -> Path:
+    for name in ("vqa/gqa", "generation/vist"):
+        rows = [m3it_row(n, image_base64_str=[packed(n), packed(n + 1)][: 1 + n % 2]) for n in range(9)]
+        lay(root / "data" / name / "train.jsonl", [*rows, m3it_row(0, outputs=None), "torn"])
+    return prepared(PrepareConfig(source="m3it", count_tokens=False, validation_share=0.3), [root / "data"], root)
+
+
 def vqa_v2(root: Path) -> Path:
     config = PrepareConfig(
         source="vqa_v2",
@@ -116,7 +125,7 @@ def vqa_v2(root: Path) -> Path:
 
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
-    "odd": odd, "captions": captions, "easy_vqa": easy_vqa, "vqa_v2": vqa_v2
+    "odd": odd, "captions": captions, "easy_vqa": easy_vqa, "m3it": m3it, "vqa_v2": vqa_v2
 }  # fmt: skip
 """Name of a source → makes a finished folder of its conversations."""
 

@@ -47,10 +47,11 @@ KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
 AnswerForm = Literal["sentence", "short", "rewritten"]
-SourceName = Literal["captions", "easy_vqa", "vqa_v2", "csv"]
+SourceName = Literal["captions", "easy_vqa", "m3it", "vqa_v2", "csv"]
 SOURCES: Mapping[SourceName, str] = {
     "captions": "captions:Captions",
     "easy_vqa": "easy_vqa:EasyVQA",
+    "m3it": "m3it:M3IT",
     "vqa_v2": "vqa_v2:VQAv2",
     "csv": "table:Table",
 }
@@ -62,14 +63,17 @@ class PrepareConfig:
     """What is read, what is said about each picture, and what is held out."""
 
     source: SourceName = "captions"
-    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `vqa_v2`: the official files;
-    `csv`: what `tinyvlm data export` wrote, or a table with instruction, inputs, outputs and image_path."""
+    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `m3it`: files of M3IT;
+    `vqa_v2`: that set's official files; `csv`: what `tinyvlm data export` wrote, or a table with instruction, inputs,
+    outputs and image_path."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a picture's name in the records → the folder that has such pictures; "" stands for all others."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field that the source wants → what the files call it."""
+    subsets: tuple[str, ...] = ()
+    """Names of the parts of a source that are read ("coco", "vqa-v2"); none: its usual ones."""
     known: tuple[str, ...] = ()
     """Files of the same kind whose records count as duplicates: conversations that another source has already."""
     evaluation: tuple[str, ...] = ()
@@ -134,7 +138,7 @@ class PrepareConfig:
     @property
     def listed(self) -> dict[str, Any]:
         """The settings that decide what the `records` folder holds."""
-        names = ["source", "columns", "known", "limit", "rows_per_part"]
+        names = ["source", "columns", "subsets", "known", "limit", "rows_per_part"]
         if self.source == "vqa_v2":
             names += ["questions_per_conversation", "train_on", "answer_form", "rewrite"]
         return {name: getattr(self, name) for name in names}
@@ -270,7 +274,8 @@ class Prepare(Stage):
         about = _parse(row["meta"])
         if row["status"] != schema.OK:
             family, split = about.get("family", "instruction"), about.get("split", "train")
-            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"])]
+            subset = about.get("subset", "")
+            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"], subset=subset)]
         try:
             return self.source.dialogues(record, about)
         except Exception as error:  # a reader that stumbles over somebody's record costs a row, not the run
