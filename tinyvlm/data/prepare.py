@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,7 +45,15 @@ if TYPE_CHECKING:
 KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
-SourceName = Literal["captions", "easy_vqa"]
+SourceName = Literal["alpaca", "captions", "easy_vqa", "llava", "llavar"]
+READERS: Mapping[SourceName, str] = {
+    "alpaca": "alpaca:Alpaca",
+    "captions": "captions:Captions",
+    "easy_vqa": "easy_vqa:EasyVQA",
+    "llava": "llava:Llava",
+    "llavar": "llavar:Llavar",
+}
+"""Where in `tinyvlm.data.sources` each reader lies; only the one that is used gets imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,8 @@ class PrepareConfig:
     """What is read, what is said about each picture, and what is held out."""
 
     source: SourceName = "captions"
-    """`captions`: the link list's own words; `easy_vqa`: the questions of that package."""
+    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; the others read the files of
+    the data set of that name (docs/datasets.md)."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
@@ -302,13 +312,9 @@ class Prepare(Stage):
 
 def open_source(config: PrepareConfig) -> PictureSource | FileSource:
     """The reader that the settings name."""
-    if config.source == "easy_vqa":
-        from tinyvlm.data.sources.easy_vqa import EasyVQA
-
-        return EasyVQA(config)
-    from tinyvlm.data.sources.captions import Captions
-
-    return Captions(config)
+    module, _, reader = READERS[config.source].partition(":")
+    made: PictureSource | FileSource = getattr(import_module(f"tinyvlm.data.sources.{module}"), reader)(config)
+    return made
 
 
 def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:

@@ -47,8 +47,7 @@ MAX_COPIED_BYTES = 16_384
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
-_BYTES_PER_RECORD = 2_000
-"""A guess, for how many files the sorting goes through."""
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Place = tuple[int, int | None]
 """Offset and length in bytes, or a row's number and None."""
@@ -145,8 +144,8 @@ class _Lister:
                 same = self.source.outline(record, file).same
                 if same is not None:
                     self._seen.setdefault(drawn(same), -1)
-        num_rows = sum(next(iter(_stat(file)), 1 << 30) for file in self.files) // _BYTES_PER_RECORD
-        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_rows) as parts:
+        num_bytes = sum(next(iter(_stat(file)), 1 << 30) for file in self.files)
+        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_bytes=num_bytes) as parts:
             rows = itertools.islice(self._rows(), self.config.limit)
             while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
                 routes = np.array([row.pop("route") for row in chunk], np.uint64)
@@ -183,11 +182,11 @@ class _Lister:
             if first != key:
                 which = "a record of prepare.known" if first < 0 else f"record {first}"
                 return self._bad(key, file, place, "duplicate", f"says the same as {which}")
-        text = None if _has_bytes(record) else json.dumps(record, ensure_ascii=False)
+        text = _as_json(record)
         if text is not None and len(text) > MAX_COPIED_BYTES and place is not None and _can_seek(file):
             text = None
         lies = {"record": text} if text is not None else {"file": file, "offset": place[0], "length": place[1]}  # type: ignore[index]
-        meta = json.dumps(outline.about, ensure_ascii=False)
+        meta = _to_json(outline.about)
         in_order = self.source.keeps_order or (file.endswith(".parquet") and text is None)
         together = f"{key}" if outline.together is None else outline.together
         route = key << 20 if in_order else drawn(together)
@@ -198,12 +197,12 @@ class _Lister:
         return {"key": key, "status": status, "detail": detail, **where, "meta": "{}", "route": drawn(key)}
 
 
-def _has_bytes(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_bytes(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_has_bytes(item) for item in value)
-    return isinstance(value, bytes)
+def _as_json(record: Mapping[str, Any]) -> str | None:
+    """None where there is more in it than JSON can say (bytes, dates)."""
+    try:
+        return _to_json(record)
+    except TypeError:
+        return None
 
 
 def _can_seek(file: str) -> bool:
