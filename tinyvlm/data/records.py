@@ -23,7 +23,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import ijson
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +30,7 @@ import pyarrow.parquet as pq
 from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
+from tinyvlm.data.json_array import ArrayError, read_array
 from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.routing import SortedParts
 from tinyvlm.data.sources import FileSource, drawn, require_fields
@@ -264,7 +264,7 @@ def _speaking(file: str) -> Iterator[None]:
     try:
         with trouble:
             yield
-    except (pa.ArrowException, OSError, ijson.JSONError, csv.Error, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ArrayError, csv.Error, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file} cannot be read as {Path(file).suffix[1:] or 'JSON'}: {reason}") from error
 
@@ -297,7 +297,7 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
         yield from _lines(file)
         return
     with open_file(file) as raw:
-        for number, record in enumerate(ijson.items(raw, "item", use_float=True, buf_size=_READ_BYTES)):
+        for number, record in enumerate(read_array(raw, _READ_BYTES)):
             yield (number, None), record if isinstance(record, dict) else {}
 
 
