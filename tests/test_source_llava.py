@@ -133,26 +133,18 @@ def test_sharegpt_rows_of_the_mix_have_no_picture(tmp_path: Path) -> None:
         talk("Be brief.", "Capital of Peru?", "Lima.", speakers=("system", "user", "assistant")),
         talk("Hi?", "Hi!", speakers=("User", "ChatGPT")),
         talk("Ho?", "Ho!", speakers=("human", "bing")),
+        {"conversations": [{"role": "user", "content": "He?"}, {"role": "assistant", "content": "He!"}]},
         talk("Run it.", "{}", speakers=("human", "tool")),
     ]
     found = prepare(rows, tmp_path, images={"": str(folder)})
-    assert [row["source"] for row in found] == ["llava/gqa", *["llava/text"] * 8]
-    assert [row["family"] for row in found] == ["instruction", *["text"] * 8]
-    assert [row["status"] for row in found] == [
-        "ok",
-        "ok",
-        "ok",
-        "bad_count",
-        "bad_count",
-        "ok",
-        "ok",
-        "ok",
-        "bad_turns",
-    ]
+    assert [row["source"] for row in found] == ["llava/gqa", *["llava/text"] * 9]
+    assert [row["family"] for row in found] == ["instruction", *["text"] * 9]
+    status = [row["status"] for row in found]
+    assert status == [*["ok"] * 3, "bad_count", "bad_count", *["ok"] * 4, "bad_turns"]
     assert found[3]["detail"] == "the text has 1 <image>, and no picture came"
     assert said(found[5]) == [("system", "Be brief."), ("user", "Capital of Peru?"), ("assistant", "Lima.")]
     assert said(found[6]) == [("user", "Hi?"), ("assistant", "Hi!")]
-    assert "'tool'" in found[8]["detail"]
+    assert "'tool'" in found[9]["detail"]
 
 
 def test_turns_that_miss_their_question_or_answer_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -257,7 +249,7 @@ def test_damaged_records_are_rows_with_their_reason(tmp_path: Path) -> None:
     ]
     found = prepare(rows, tmp_path, images={"": str(folder)})
     assert [row["status"] for row in found] == [
-        "ok", "bad_text", "bad_text", "bad_record", "bad_turns", "bad_text", "bad_turns", "ok", "bad_record",
+        "ok", "bad_text", "bad_text", "bad_record", "bad_turns", "bad_text", "bad_record", "ok", "bad_record",
         "bad_turns",
     ]  # fmt: skip
     assert said(found[7]) == [("user", "7"), ("assistant", "8")]

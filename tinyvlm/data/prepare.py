@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyarrow as pa
 
@@ -46,14 +46,14 @@ KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
 SourceName = Literal["alpaca", "captions", "easy_vqa", "llava", "llavar"]
-READERS: Mapping[SourceName, str] = {
+SOURCES: Mapping[SourceName, str] = {
     "alpaca": "alpaca:Alpaca",
     "captions": "captions:Captions",
     "easy_vqa": "easy_vqa:EasyVQA",
     "llava": "llava:Llava",
     "llavar": "llavar:Llavar",
 }
-"""Where in `tinyvlm.data.sources` each reader lies; only the one that is used gets imported."""
+"""Name of a source → module of `data/sources` and class in it; imported when it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,9 +312,9 @@ class Prepare(Stage):
 
 def open_source(config: PrepareConfig) -> PictureSource | FileSource:
     """The reader that the settings name."""
-    module, _, reader = READERS[config.source].partition(":")
-    made: PictureSource | FileSource = getattr(import_module(f"tinyvlm.data.sources.{module}"), reader)(config)
-    return made
+    module, name = SOURCES[config.source].split(":")
+    reader = getattr(importlib.import_module(f"{sources.__name__}.{module}"), name)
+    return cast(PictureSource | FileSource, reader(config))
 
 
 def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:

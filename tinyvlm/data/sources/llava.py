@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tinyvlm.chat import Message, Part, Picture, Role
-from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, Outline, text_of
+from tinyvlm.data.sources import Dialogue, FileSource, Outline, text_of
 from tinyvlm.schema import Family
 
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
 
+Given = bytes | str
+"""A picture as records of this shape give it: a file's bytes, or its name."""
 MARK = "<image>"
 """Where a picture stands in the words."""
 ROLES: Mapping[str, Role] = {
@@ -84,6 +86,9 @@ class Llava(FileSource):
             detail = f"`conversations` is {type(record.get('conversations')).__name__}, not a list of turns"
             return [Dialogue(_family((), images), "train", (), (), meta, "bad_record", detail, subset)]
         turns, left_out = _answered(turns_of(record["conversations"]))
+        if not all(role for role, _ in turns):
+            detail = "a turn does not say who speaks (`from`)"
+            return [Dialogue(_family((), images), "train", (), (), meta, "bad_record", detail, subset)]
         messages = _with_pictures(turns, len(images))
         meta |= {"left_out": left_out} if left_out else {}
         given = tuple(image if isinstance(image, bytes) else self.picture_name(image) for image in images)
@@ -93,7 +98,7 @@ class Llava(FileSource):
             return [Dialogue("text", "train", messages, (), meta, "bad_count", detail, subset)]
         return [Dialogue(_family(messages, images), "train", messages, given, meta, subset=subset)]
 
-    def subset(self, images: Sequence[GivenImage], file: str) -> str:
+    def subset(self, images: Sequence[Given], file: str) -> str:
         """Which part of the source a record is of."""
         if not images:
             return "text"
@@ -117,7 +122,7 @@ def _kind_of(file: str) -> str:
     return kind[0] if kind else ""
 
 
-def images_of(value: Any) -> tuple[GivenImage, ...]:
+def images_of(value: Any) -> tuple[Given, ...]:
     """The pictures of a field: a name, a file's bytes, Hugging Face's `{"bytes", "path"}`, or a list of such."""
     if isinstance(value, list):
         return tuple(image for item in value for image in images_of(item))
@@ -130,10 +135,12 @@ def images_of(value: Any) -> tuple[GivenImage, ...]:
 
 
 def turns_of(value: Any) -> list[tuple[str, str]]:
-    """Role and words of each turn; an unknown role stays as it is spelt."""
+    """Role and words of each turn; an unknown role stays as it is spelt, and "" is one that is not told."""
     turns = value if isinstance(value, list) else []
     read = [turn if isinstance(turn, dict) else {} for turn in turns]
-    spoken = [(text_of(turn.get("from")), text_of(turn.get("value"))) for turn in read]
+    spoken = [
+        (text_of(turn.get("from", turn.get("role"))), text_of(turn.get("value", turn.get("content")))) for turn in read
+    ]
     return [(ROLES.get(speaker.lower(), speaker), text) for speaker, text in spoken]
 
 
@@ -178,12 +185,12 @@ def _with_pictures(turns: Sequence[tuple[str, str]], num_images: int) -> tuple[M
     return tuple(messages)
 
 
-def _family(messages: Sequence[Message], images: Sequence[GivenImage]) -> Family:
+def _family(messages: Sequence[Message], images: Sequence[Given]) -> Family:
     if not images:
         return "text"
     return "multi_turn" if sum(message.role == "user" for message in messages) > 1 else "instruction"
 
 
-def _file_name(image: GivenImage) -> str:
+def _file_name(image: Given) -> str:
     """A picture's name without its folders, which differ from one list to the next."""
     return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.replace("\\", "/").split("/")[-1]

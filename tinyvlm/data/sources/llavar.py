@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyvlm.data.sources import GivenImage, Outline
-from tinyvlm.data.sources.llava import Llava, images_of
+from tinyvlm.data.sources import Outline
+from tinyvlm.data.sources.llava import Given, Llava, images_of
 
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
@@ -45,7 +45,7 @@ class Llavar(Llava):
             self._whose["llava" if is_llavas(images_of(record.get("image"))) else "llavar"] += 1
         return super().outline(record, file)
 
-    def subset(self, images: Sequence[GivenImage], file: str) -> str:
+    def subset(self, images: Sequence[Given], file: str) -> str:
         """ "llava" for rows that are probably LLaVA's."""
         return "llava" if is_llavas(images) else "" if images else "text"
 
@@ -60,7 +60,7 @@ class Llavar(Llava):
         return {**super().account(), "rows_of": dict(self._whose)}
 
 
-def is_llavas(images: Sequence[GivenImage]) -> bool:
+def is_llavas(images: Sequence[Given]) -> bool:
     """Whether a row's picture is by its name one of COCO's or CC3M's, so that the row is probably LLaVA's."""
     name = images[0].split("/")[-1] if images and isinstance(images[0], str) else ""
     found = _NUMBERED.fullmatch(name)
