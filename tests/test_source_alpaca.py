@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_source_llava import prepare, run, said
 
-from tinyvlm.data.sources.alpaca import what_is_wrong
+from tinyvlm.data.prepare import PrepareConfig
+from tinyvlm.data.sources.alpaca import Alpaca, what_is_wrong
 from tinyvlm.errors import DataError
 
 
@@ -89,6 +90,8 @@ def test_broken_rows_are_set_aside_with_the_rule(tmp_path: Path, bad: dict[str, 
         ("Shorten this link.", "https://a.org/very/long", "https://a.org/v"),
         ("Write HTML of a button.", "Link to: https://example.com\nText: Click", "<button>…</button>"),
         ("Give the symbol of sodium.", "", "Na"),
+        ("Filter the list.", "[]", "[]"),
+        ("Which mark is missing?", "Who are you", "?"),
         ("Is it true?", "There are no birds.", "No"),
         ("Sort the animals.", "[dogs, cats, pigs]", "cats, dogs, pigs"),
         ("Sort the list.", "[4, 2]", "Here is the code.\n\nOutput:\n[2, 4]"),
@@ -99,6 +102,8 @@ def test_broken_rows_are_set_aside_with_the_rule(tmp_path: Path, bad: dict[str, 
 )
 def test_rows_that_only_look_broken_are_kept(instruction: str, given: str, output: str) -> None:
     assert what_is_wrong(instruction, given, output) is None
+    (made,) = Alpaca(PrepareConfig(source="alpaca")).dialogues(row(instruction, given, output), {})
+    assert [message.text for message in made.messages] == [f"{instruction}\n\n{given}".strip(), output]
 
 
 def test_json_lines_and_parquet_of_the_hub_give_the_same_rows(tmp_path: Path) -> None:

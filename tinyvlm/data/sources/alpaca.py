@@ -20,7 +20,7 @@ from tinyvlm.data.sources import Dialogue, FileSource, Outline, text_of
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
 
-NOTHING = ("", "noinput", "nooutput", "noinputneeded", "noinputrequired", "n/a")
+NOTHING = ("noinput", "nooutput", "noinputneeded", "noinputrequired", "n/a")
 """What stands for nothing, without its brackets, spaces and capitals."""
 
 _ADDRESSES = re.compile(r"\W*((https?://|www\.)\S+\W*)+", re.IGNORECASE)
@@ -92,4 +92,4 @@ def _fields(record: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _is_nothing(text: str) -> bool:
-    return len(text) < 30 and re.sub(r"[\s<>\[\](){}`'\"*.:_-]", "", text).lower() in NOTHING
+    return not text or (len(text) < 30 and re.sub(r"[\s<>\[\](){}`'\"*.:_-]", "", text).lower() in NOTHING)
