@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
-SourceName = Literal["alpaca", "captions", "easy_vqa", "llava", "llavar"]
+SourceName = Literal["alpaca", "captions", "easy_vqa", "llava", "llavar", "m3it"]
 SOURCES: Mapping[SourceName, str] = {
     "alpaca": "alpaca:Alpaca",
     "captions": "captions:Captions",
     "easy_vqa": "easy_vqa:EasyVQA",
     "llava": "llava:Llava",
     "llavar": "llavar:Llavar",
+    "m3it": "m3it:M3IT",
 }
 """Name of a source → module of `data/sources` and class in it; imported when it is used."""
 
@@ -69,6 +70,8 @@ class PrepareConfig:
     """Beginning of a picture's name in the records → the folder that has such pictures; "" stands for all others."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field that the source wants → what the files call it."""
+    subsets: tuple[str, ...] = ()
+    """Names of the parts of a source that are read ("coco", "vqa-v2"); none: its usual ones."""
     known: tuple[str, ...] = ()
     """Files of the same kind whose records count as duplicates: conversations that another source has already."""
     evaluation: tuple[str, ...] = ()
@@ -120,7 +123,8 @@ class PrepareConfig:
     @property
     def listed(self) -> dict[str, Any]:
         """The settings that decide what the `records` folder holds."""
-        return {name: getattr(self, name) for name in ("source", "columns", "known", "limit", "rows_per_part")}
+        names = ("source", "columns", "subsets", "known", "limit", "rows_per_part")
+        return {name: getattr(self, name) for name in names}
 
 
 class Prepare(Stage):
@@ -253,7 +257,8 @@ class Prepare(Stage):
         about = _parse(row["meta"])
         if row["status"] != schema.OK:
             family, split = about.get("family", "instruction"), about.get("split", "train")
-            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"])]
+            subset = about.get("subset", "")
+            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"], subset=subset)]
         try:
             return self.source.dialogues(record, about)
         except Exception as error:  # a reader that stumbles over somebody's record costs a row, not the run

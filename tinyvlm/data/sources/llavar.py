@@ -6,7 +6,8 @@
         └─ the others, LLaVAR's own ──▶ pictures under the name "llavar/…", if prepare.images has such a folder
 
 LLaVAR's pictures have made-up names in the manner of COCO and CC3M.  Their numbers lie above those of the real
-pictures, which is how the two are told apart.
+pictures, which is how the two are told apart: COCO's start with 000000, LLaVAR's with 1000 (seen in accounts of the
+files, SALT-NLP/LLaVAR#21 among them, not in the files).
 """
 
 from __future__ import annotations
