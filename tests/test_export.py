@@ -18,6 +18,7 @@ from given_folders import given_folder
 from test_prepare import CONFIG as EASY_VQA
 from test_prepare import all_pictures, encoded, world
 from test_records import jpeg
+from test_source_llava import pictures, talk
 from test_source_m3it import lay, packed
 from test_source_m3it import row as m3it_row
 from test_source_vqa_v2 import official
@@ -113,6 +114,33 @@ def m3it(root: Path) -> Path:
     return prepared(PrepareConfig(source="m3it", count_tokens=False, validation_share=0.3), [root / "data"], root)
 
 
+def llava(root: Path) -> Path:
+    names = ("coco/1.jpg", "coco/2.jpg")
+    talks = [
+        talk("<image>\nWhat colour?", "Red.", "And the roof?", "White.", image=names[0]),
+        talk("Is <image> like <image>?", "No.", image=list(names)),
+        talk("Hello!", "Hi."),
+        talk("Hello!", "Hi."),
+        talk("<image>", "Gone.", image="coco/3.jpg"),
+    ]
+    (root / "llava_v1_5_mix665k.json").write_text(json.dumps(talks))
+    places = {"": str(pictures(root / "p", *names))}
+    config = PrepareConfig(source="llava", count_tokens=False, images=places)
+    return prepared(config, [root / "llava_v1_5_mix665k.json"], root)
+
+
+def llavar(root: Path) -> Path:
+    (root / "x.json").write_text(json.dumps([talk("<image>\nRead.", "STOP", image="GCC_train_100000012.jpg")]))
+    places = {"": str(pictures(root / "p", "GCC_train_100000012.jpg"))}
+    return prepared(PrepareConfig(source="llavar", count_tokens=False, images=places), [root / "x.json"], root)
+
+
+def alpaca(root: Path) -> Path:
+    rows = [{"instruction": "Add.", "input": "7, 8", "output": "15"}, {"instruction": "x", "input": "", "output": ""}]
+    (root / "x.json").write_text(json.dumps(rows))
+    return prepared(PrepareConfig(source="alpaca", count_tokens=False), [root / "x.json"], root)
+
+
 def vqa_v2(root: Path) -> Path:
     config = PrepareConfig(
         source="vqa_v2",
@@ -125,7 +153,8 @@ def vqa_v2(root: Path) -> Path:
 
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
-    "odd": odd, "captions": captions, "easy_vqa": easy_vqa, "m3it": m3it, "vqa_v2": vqa_v2
+    "odd": odd, "alpaca": alpaca, "captions": captions, "easy_vqa": easy_vqa, "llava": llava, "llavar": llavar,
+    "m3it": m3it, "vqa_v2": vqa_v2,
 }  # fmt: skip
 """Name of a source → makes a finished folder of its conversations."""
 
@@ -158,7 +187,7 @@ def test_every_sources_csv_reads_back_as_the_same_conversations(name: str, tmp_p
     assert again == rows_of(folder)
     assert len(again) == done.num_rows > 0
     stored = {image["bytes"] for row in again for image in row["images"]} - {None}
-    files = list((tmp_path / "out" / "all.pictures").iterdir())
+    files = list((tmp_path / "out").glob("all.pictures/*"))
     assert {file.read_bytes() for file in files} == stored
     assert len(files) == len(stored) == done.num_pictures
 

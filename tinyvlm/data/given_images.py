@@ -23,6 +23,8 @@ from tinyvlm import images, schema, storage
 from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.sources import GivenImage, StoredImage
 
+_COCO = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)")
+"""COCO's pictures are called by their number alone since 2017; in 2014 their names said the split too."""
 _DATA = re.compile(r"data:[^,;]*((?:;[^,;]*)*),", re.IGNORECASE)
 
 
@@ -93,15 +95,20 @@ class GivenImages:
         found = _place(name, folders)
         if isinstance(found, Unreadable):
             return found
-        try:
-            size = storage.sizes(found.parent).get(found.name) if storage.is_object(found) else found.stat().st_size
-            if size is not None and size > self.limits.max_bytes:
-                return Unreadable("too_large", f"{size} bytes, {self.limits.max_bytes} allowed")
-            return storage.read(found)
-        except FileNotFoundError:
-            return Unreadable("no_picture", f"{name} is not in {found.parent}")
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            return Unreadable("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}")
+        names = _names_of(found.name)
+        sizes = storage.sizes(found.parent) if storage.is_object(found) else None
+        for path in (found.with_name(each) for each in names):
+            try:
+                size = path.stat().st_size if sizes is None else sizes.get(path.name)
+                if size is not None and size > self.limits.max_bytes:
+                    return Unreadable("too_large", f"{size} bytes, {self.limits.max_bytes} allowed")
+                return storage.read(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                return Unreadable("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}")
+        tried = f", nor {' or '.join(names[1:])}" if names[1:] else ""
+        return Unreadable("no_picture", f"{name} is not in {found.parent}{tried}")
 
 
 def _place(name: str, folders: Mapping[str, Path]) -> Path | Unreadable:
@@ -130,6 +137,15 @@ def _known(image: GivenImage, body: bytes, decoded: Decoded) -> Decoded:
     is_its_own = PurePosixPath(image.name).stem == hashlib.sha256(body).hexdigest()
     phash = decoded.phash if image.phash is None else image.phash
     return replace(decoded, sha256=image.sha256, phash=phash) if is_its_own else decoded
+
+
+def _names_of(name: str) -> list[str]:
+    """A file's name, and the other names that a picture of COCO has."""
+    found = _COCO.fullmatch(name)
+    if found is None:
+        return [name]
+    number = found[1]
+    return list(dict.fromkeys([name, number, f"COCO_train2014_{number}", f"COCO_val2014_{number}"]))
 
 
 def _of_data_address(text: str) -> bytes | Unreadable:

@@ -38,6 +38,8 @@ STAGE = "links"
 VERSION = 2
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 _BATCH_ROWS = 20_000
+_BYTES_PER_LINK = 160
+"""A guess, for how many files the sorting goes through."""
 _BLOCK_BYTES = 16 << 20
 """How much of a CSV or JSONL file is parsed at a time; no single row may be larger."""
 
@@ -147,7 +149,8 @@ def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router
     """The list's rows as parts: hosts together, copies of a link in one part (see routing.py)."""
     for urls in _urls(files, config):
         router.count(urls)
-    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, router.num_rows) as parts:
+    num_bytes = router.num_rows * _BYTES_PER_LINK
+    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, num_bytes=num_bytes) as parts:
         for rows in _rows(files, config):
             parts.add(rows, router.routes(rows))
         yield from parts.parts(config.rows_per_part)

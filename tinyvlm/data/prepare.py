@@ -47,13 +47,16 @@ KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
 AnswerForm = Literal["sentence", "short", "rewritten"]
-SourceName = Literal["captions", "easy_vqa", "m3it", "vqa_v2", "csv"]
+SourceName = Literal["alpaca", "captions", "csv", "easy_vqa", "llava", "llavar", "m3it", "vqa_v2"]
 SOURCES: Mapping[SourceName, str] = {
+    "alpaca": "alpaca:Alpaca",
     "captions": "captions:Captions",
+    "csv": "table:Table",
     "easy_vqa": "easy_vqa:EasyVQA",
+    "llava": "llava:Llava",
+    "llavar": "llavar:Llavar",
     "m3it": "m3it:M3IT",
     "vqa_v2": "vqa_v2:VQAv2",
-    "csv": "table:Table",
 }
 """Name of a source → module of `data/sources` and class in it; imported when it is used."""
 
@@ -63,9 +66,8 @@ class PrepareConfig:
     """What is read, what is said about each picture, and what is held out."""
 
     source: SourceName = "captions"
-    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `m3it`: files of M3IT;
-    `vqa_v2`: that set's official files; `csv`: what `tinyvlm data export` wrote, or a table with instruction, inputs,
-    outputs and image_path."""
+    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `csv`: what `tinyvlm data
+    export` wrote, or the published table; the others read the files of the data set of that name (docs/datasets.md)."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)

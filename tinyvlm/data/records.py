@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
+from tinyvlm.data.json_array import ArrayError, read_array
 from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.routing import SortedParts
 from tinyvlm.data.sources import FileSource, drawn, require_fields
@@ -50,8 +51,7 @@ any others, which is less."""
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
-_BYTES_PER_RECORD = 250
-"""A low guess, for how many files the sorting goes through: each comes into memory as a whole."""
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Place = tuple[int, int | None]
 """Offset and length in bytes, or a row's number and None."""
@@ -148,8 +148,8 @@ class _Lister:
                 same = self.source.outline(record, file).same
                 if same is not None:
                     self._seen.setdefault(drawn(same), -1)
-        num_rows = sum(next(iter(_stat(file)), 1 << 30) for file in self.files) // _BYTES_PER_RECORD
-        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_rows) as parts:
+        num_bytes = sum(next(iter(_stat(file)), 1 << 30) for file in self.files)
+        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_bytes=num_bytes) as parts:
             rows = itertools.islice(self._rows(), self.config.limit)
             while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
                 routes = np.array([row.pop("route") for row in chunk], np.uint64)
@@ -180,7 +180,7 @@ class _Lister:
         if not record:
             return self._bad(key, file, place, "bad_record", "no JSON object")
         outline = self.source.outline(record, file)
-        meta = _storable(json.dumps(outline.about, ensure_ascii=False))
+        meta = _storable(_to_json(outline.about))
         if outline.status != schema.OK:
             return self._bad(key, file, place, outline.status, outline.detail, meta)
         if outline.same is not None:
@@ -189,7 +189,7 @@ class _Lister:
                 which = "a record of prepare.known" if first < 0 else f"record {first}"
                 return self._bad(key, file, place, "duplicate", f"says the same as {which}", meta)
         is_long = place is not None and place[1] is not None and place[1] > MAX_COPIED_BYTES
-        text = None if is_long or _has_bytes(record) else json.dumps(record, ensure_ascii=False)
+        text = None if is_long else _as_json(record)
         if text is not None and len(text) > MAX_COPIED_BYTES and place is not None and _can_seek(file):
             text = None
         lies = {"record": text} if text is not None else {"file": file, "offset": place[0], "length": place[1]}  # type: ignore[index]
@@ -216,12 +216,12 @@ def _within(part: pa.Table, max_bytes: int) -> Iterator[pa.Table]:
         start = end
 
 
-def _has_bytes(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_bytes(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_has_bytes(item) for item in value)
-    return isinstance(value, bytes)
+def _as_json(record: Mapping[str, Any]) -> str | None:
+    """None where there is more in it than JSON can say (bytes, dates)."""
+    try:
+        return _to_json(record)
+    except TypeError:
+        return None
 
 
 def _can_seek(file: str) -> bool:
@@ -293,7 +293,7 @@ def _speaking(file: str) -> Iterator[None]:
     try:
         with trouble:
             yield
-    except (pa.ArrowException, OSError, ijson.JSONError, csv.Error, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ArrayError, ijson.JSONError, csv.Error, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file} cannot be read as {Path(file).suffix[1:] or 'JSON'}: {reason}") from error
 
@@ -353,8 +353,9 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
             raise DataError(f"{file} is one JSON object; an array of records was wanted, or one record a line.")
         yield from _lines(file)
         return
-    for number, record in enumerate(read_items(file, "item")):
-        yield (number, None), record
+    with open_file(file) as raw:
+        for number, record in enumerate(read_array(raw, _READ_BYTES)):
+            yield (number, None), record if isinstance(record, dict) else {}
 
 
 def _table(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:

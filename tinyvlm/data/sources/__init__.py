@@ -181,6 +181,8 @@ def require_fields(record: Mapping[str, Any], names: Sequence[str], where: str) 
 
 def text_of(value: Any) -> str:
     """A field's words: "" for what is missing or not a number, never "None" or "nan"; numbers as they are written."""
+    if isinstance(value, str) and value.isascii():  # nearly all there is
+        return value.strip()
     if value is None or isinstance(value, (list, dict, bytes)) or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
