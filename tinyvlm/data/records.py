@@ -33,7 +33,8 @@ from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
 from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.routing import SortedParts
-from tinyvlm.data.sources import FileSource, drawn, require_fields
+from tinyvlm.data.sources import FileSource, drawn, require_fields, storable
+from tinyvlm.data.sources.catalogue import fitting
 from tinyvlm.errors import DataError
 from tinyvlm.folders import Input, is_finished
 
@@ -165,12 +166,15 @@ class _Lister:
         def rows_of(file: str) -> Iterable[tuple[Place, Mapping[str, Any]]]:
             for place, record in read_rows(file, self.config.columns):
                 if file not in checked and record:
-                    require_fields(record, self.source.required, file)
+                    require_fields(record, self.source.required, file, fitting(record))
                     checked.add(file)
                 yield place, record
 
         for key, (file, place, record) in enumerate(self.source.records(self.files, rows_of)):
-            yield self._row(key, file, place, record)
+            try:
+                yield self._row(key, file, place, record)
+            except RecursionError:
+                yield self._bad(key, file, place, "bad_record", "nested too deeply")
 
     def _row(self, key: int, file: str, place: Place | None, record: Mapping[str, Any]) -> dict[str, Any]:
         if not record:
@@ -183,7 +187,8 @@ class _Lister:
             if first != key:
                 which = "a record of prepare.known" if first < 0 else f"record {first}"
                 return self._bad(key, file, place, "duplicate", f"says the same as {which}")
-        text = None if _has_bytes(record) else json.dumps(record, ensure_ascii=False)
+        # Dates, which Parquet may hold and no reader wants, become words.
+        text = None if _has_bytes(record) else storable(json.dumps(record, ensure_ascii=False, default=str))
         if text is not None and len(text) > MAX_COPIED_BYTES and place is not None and _can_seek(file):
             text = None
         lies = {"record": text} if text is not None else {"file": file, "offset": place[0], "length": place[1]}  # type: ignore[index]
@@ -191,10 +196,11 @@ class _Lister:
         in_order = self.source.keeps_order or (file.endswith(".parquet") and text is None)
         together = f"{key}" if outline.together is None else outline.together
         route = key << 20 if in_order else drawn(together)
-        return {"key": key, "status": schema.OK, "detail": None, **lies, "meta": _storable(meta), "route": route}
+        return {"key": key, "status": schema.OK, "detail": None, **lies, "meta": storable(meta), "route": route}
 
     def _bad(self, key: int, file: str, place: Place | None, status: str, detail: str | None) -> dict[str, Any]:
         where = {"file": file, "offset": place[0], "length": place[1]} if place else {"file": file}
+        detail = None if detail is None else storable(detail)
         return {"key": key, "status": status, "detail": detail, **where, "meta": "{}", "route": drawn(key)}
 
 
@@ -208,11 +214,6 @@ def _has_bytes(value: Any) -> bool:
 
 def _can_seek(file: str) -> bool:
     return file.endswith((".jsonl", ".ndjson", ".parquet"))
-
-
-def _storable(text: str) -> str:
-    """Without halves of characters, which no file can store."""
-    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
@@ -292,6 +293,8 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     """An array of objects; JSON lines under that name are read too."""
     with open_file(file) as raw:
         first = raw.read(_READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if first[:1] == b"{" and b"\n" not in first:
+            first += raw.readline()
     if first[:1] == b"{":
         if not parse(first.split(b"\n")[0]):
             raise DataError(f"{file} is one JSON object; an array of records was wanted, or one record a line.")
