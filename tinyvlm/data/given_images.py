@@ -22,7 +22,7 @@ from urllib.parse import unquote_to_bytes
 from tinyvlm import images, schema, storage
 from tinyvlm.data import hub
 from tinyvlm.data.decoding import Decoded, Decoders
-from tinyvlm.data.sources import Beside, GivenImage
+from tinyvlm.data.sources import GivenImage, StoredImage
 
 _LINK = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _MAX_NAME = 120
@@ -75,7 +75,7 @@ class GivenImages:
         """The bytes of a picture."""
         if isinstance(image, bytes):
             return image
-        if isinstance(image, Beside):
+        if isinstance(image, StoredImage):
             # As if prepare.images had no other folder for it.
             return self._of_file(image.name, {"": storage.address(image.folder), **self.folders})
         if image[:5].lower() == "data:":

@@ -27,6 +27,11 @@ from tinyvlm.stage import open_input
 _MAX_FILES_ASKED, _MAX_ROWS_ASKED = 3, 100
 """How far `auto` looks for a record that is whole."""
 
+
+class _AnySource(FileSource):
+    name = "auto"
+
+
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +81,7 @@ def _looks_like(places: Sequence[str], settings: PrepareConfig) -> tuple[str, st
 def _record_files(places: Sequence[str]) -> list[str]:
     """A few files that may hold records."""
     try:
-        return find_files(places, FileSource())[:_MAX_FILES_ASKED]
+        return find_files(places, _AnySource())[:_MAX_FILES_ASKED]
     except DataError:  # there are none
         return []
 

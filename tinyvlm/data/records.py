@@ -48,6 +48,7 @@ MAX_COPIED_BYTES = 16_384
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BYTES_PER_RECORD = 2_000
 """A guess, for how many files the sorting goes through."""
 
@@ -292,7 +293,9 @@ def parse(text: bytes | str) -> dict[str, Any]:
 def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     """An array of objects; JSON lines under that name are read too."""
     with open_file(file) as raw:
-        first = raw.read(_READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+        first = raw.read(_READ_BYTES)
+        marked = first.startswith(_BYTE_ORDER_MARK)
+        first = first.removeprefix(_BYTE_ORDER_MARK).lstrip()
         if first[:1] == b"{" and b"\n" not in first:
             first += raw.readline()
     if first[:1] == b"{":
@@ -301,6 +304,7 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
         yield from _lines(file)
         return
     with open_file(file) as raw:
+        raw.seek(len(_BYTE_ORDER_MARK) if marked else 0)
         for number, record in enumerate(ijson.items(raw, "item", use_float=True, buf_size=_READ_BYTES)):
             yield (number, None), record if isinstance(record, dict) else {}
 

@@ -49,14 +49,16 @@ CAPTION_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Beside:
-    """The name of a picture's file that is relative to `folder`, unless `prepare.images` says otherwise."""
+class StoredImage:
+    """A picture in a file beside the file of its record."""
 
     name: str
+    """The file's name."""
     folder: str
+    """Where names lie that `prepare.images` does not know."""
 
 
-GivenImage = bytes | str | Beside
+GivenImage = bytes | str | StoredImage
 """A picture as a record gives it: a file's bytes, a `data:` address, or the name of a file (`prepare.images` says
 where those are, or else the record's own folder)."""
 

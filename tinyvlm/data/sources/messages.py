@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyvlm.chat import Message
-from tinyvlm.data.conversations import to_columns
-from tinyvlm.data.sources import Beside, Dialogue, FileSource, GivenImage, Outline, text_of
+from tinyvlm.data.conversations import check, to_columns
+from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, Outline, StoredImage, text_of
 from tinyvlm.data.sources.turns import RefusedError, read_turns
-from tinyvlm.schema import Family, Split
+from tinyvlm.schema import OK, Family, Split
 
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
@@ -50,12 +50,11 @@ class Messages(FileSource):
         """Equal conversations, however they are written down, are the same one."""
         folder, name = os.path.split(file)
         about = {"folder": folder, "file": name, "split": "test" if file in self._tests else "train"}
-        try:
-            messages, images = self._read(record, folder)
-        except RefusedError:
-            return Outline(about=about)  # `dialogues` says it
-        shown = [_identity(image) for image in images]
-        same = json.dumps([to_columns(messages), shown], separators=(",", ":"))
+        [one] = self.dialogues(record, about)
+        if check(one, len(one.images)).status != OK:
+            return Outline(about=about)  # its row has a better reason than being a duplicate
+        shown = [_identity(image) for image in one.images]
+        same = json.dumps([to_columns(one.messages), shown], separators=(",", ":"))
         return Outline(together=shown[0] if shown else None, same=same, about=about)
 
     def dialogues(self, record: Mapping[str, Any], about: Mapping[str, Any]) -> Sequence[Dialogue]:
@@ -63,15 +62,13 @@ class Messages(FileSource):
         split: Split = "test" if about.get("split") == "test" else "train"
         meta = {"id": text_of(record.get("id")), "file": about.get("file")}
         meta = {name: value for name, value in meta.items() if value}
+        images = record.get("image") if record.get("images") is None else record["images"]
+        turns = record.get(self.turns_field)
         try:
-            messages, images = self._read(record, str(about.get("folder", "")))
+            messages, given = read_turns(turns, images, str(about.get("folder", "")), record.get("system"))
         except RefusedError as refused:
             return [Dialogue("instruction", split, (), meta=meta, status=refused.status, detail=str(refused))]
-        return [Dialogue(_family(messages, images), split, messages, images, meta)]
-
-    def _read(self, record: Mapping[str, Any], folder: str) -> tuple[tuple[Message, ...], tuple[GivenImage, ...]]:
-        images = record.get("image") if record.get("images") is None else record["images"]
-        return read_turns(record.get(self.turns_field), images, folder, record.get("system"))
+        return [Dialogue(_family(messages, given), split, messages, given, meta)]
 
 
 class ShareGPT(Messages):
@@ -90,6 +87,6 @@ def _family(messages: Sequence[Message], images: Sequence[GivenImage]) -> Family
 
 def _identity(image: GivenImage) -> str:
     """Equal for equal pictures, as far as can be told without looking."""
-    if isinstance(image, Beside):
+    if isinstance(image, StoredImage):
         return f"{image.folder}/{image.name}"
     return hashlib.sha256(image if isinstance(image, bytes) else image.encode("utf-8", "replace")).hexdigest()

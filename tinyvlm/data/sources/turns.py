@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tinyvlm.chat import PICTURE_TYPES, Message, Part, Picture, Role
-from tinyvlm.data.sources import Beside, GivenImage, text_of
+from tinyvlm.data.sources import GivenImage, StoredImage, text_of
 
 MARK = "<image>"
 """What stands in words for a picture; a line's end beside it belongs to it."""
@@ -134,7 +134,7 @@ def given(image: Any, folder: str, nested: int = 0) -> GivenImage:
             return text
         if len(text) >= _MIN_BASE64 and text.startswith(_BASE64):
             return f"data:;base64,{text}"
-        return Beside(unquote(text[7:]) if text[:7].lower() == "file://" else text, folder)
+        return StoredImage(unquote(text[7:]) if text[:7].lower() == "file://" else text, folder)
     if isinstance(image, Mapping) and nested < _MAX_NESTED:
         name = next((name for name in _ADDRESSES if not _is_nothing(image.get(name))), None)
         if name is None:
