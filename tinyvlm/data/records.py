@@ -11,6 +11,7 @@ names, sizes and times of change of the files (of a dataset on the hub, its comm
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -48,7 +49,6 @@ MAX_COPIED_BYTES = 16_384
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BYTES_PER_RECORD = 2_000
 """A guess, for how many files the sorting goes through."""
 
@@ -276,6 +276,8 @@ def _lines(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     with open_file(file) as raw, io.BufferedReader(cast(io.RawIOBase, raw), _READ_BYTES) as lines:
         offset = 0
         for line in lines:
+            if not offset and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{file} is written in UTF-16; save it as UTF-8.")
             if line.strip():
                 yield (offset, len(line)), parse(line)
             offset += len(line)
@@ -294,8 +296,8 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     """An array of objects; JSON lines under that name are read too."""
     with open_file(file) as raw:
         first = raw.read(_READ_BYTES)
-        marked = first.startswith(_BYTE_ORDER_MARK)
-        first = first.removeprefix(_BYTE_ORDER_MARK).lstrip()
+        marked = first.startswith(codecs.BOM_UTF8)
+        first = first.removeprefix(codecs.BOM_UTF8).lstrip()
         if first[:1] == b"{" and b"\n" not in first:
             first += raw.readline()
     if first[:1] == b"{":
@@ -304,7 +306,7 @@ def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
         yield from _lines(file)
         return
     with open_file(file) as raw:
-        raw.seek(len(_BYTE_ORDER_MARK) if marked else 0)
+        raw.seek(len(codecs.BOM_UTF8) if marked else 0)
         for number, record in enumerate(ijson.items(raw, "item", use_float=True, buf_size=_READ_BYTES)):
             yield (number, None), record if isinstance(record, dict) else {}
 
