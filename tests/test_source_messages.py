@@ -388,6 +388,15 @@ def test_auto_takes_what_the_first_record_looks_like(
         prepared([tmp_path / "y.jsonl"], tmp_path / "none", auto)
 
 
+def test_pictures_lie_beside_their_file_in_an_object_store_too(tmp_path: Path, bucket: Path) -> None:
+    (bucket / "mine" / "photos" / "a.jpg").write_bytes(PHOTO)
+    records = [asked(QUESTION, image=name) for name in ("photos/a.jpg", "photos/b.jpg", "photos", "../a.jpg")]
+    (bucket / "mine" / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rows = prepared([bucket / "mine" / "x.jsonl"], tmp_path / "out", CONFIG)
+    assert [row["status"] for row in rows] == ["ok", "no_picture", "unreadable", "no_picture"]
+    assert said(rows[0]) == WANTED
+
+
 def test_json_lines_called_json_with_a_very_long_first_line(tmp_path: Path) -> None:
     record = asked(words("x" * (5 << 20)))
     rows = prepared([write_lines(tmp_path / "x.json", [record, asked(QUESTION)])], tmp_path / "out", CONFIG)

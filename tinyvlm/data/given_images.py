@@ -97,15 +97,11 @@ class GivenImages:
             return found
         name = name[:_MAX_NAME]
         try:
-            if storage.is_object(found):
-                size = storage.sizes(found.parent).get(found.name)
-            else:
-                status = found.stat()
-                size = status.st_size
-                if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-                    return Unreadable("unreadable", f"{name} is no file")
-            if size is not None and size > self.limits.max_bytes:
-                return Unreadable("too_large", f"{size} bytes, {self.limits.max_bytes} allowed")
+            status = found.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+                return Unreadable("unreadable", f"{name} is no file")
+            if status.st_size > self.limits.max_bytes:
+                return Unreadable("too_large", f"{status.st_size} bytes, {self.limits.max_bytes} allowed")
             return storage.read(found)
         except FileNotFoundError:
             return Unreadable("no_picture", f"{name} is not in {found.parent}")

@@ -141,7 +141,8 @@ class Prepare(Stage):
     ) -> None:
         """`model`: whose tokens are counted; None: nobody's.  `pictures`: how a source's pictures and captions lie."""
         self.config = config
-        self.pictures = replace(pictures or PicturesConfig(), **({"limit": config.limit} if config.limit else {}))
+        pictures = pictures or PicturesConfig()
+        self.pictures = pictures if config.limit is None else replace(pictures, limit=config.limit)
         self.source = source or open_source(config)
         self.picture, self.limits = picture or images.PictureConfig(), limits or images.LimitConfig()
         self.model = model if config.count_tokens else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +118,7 @@ def open_prepare(stage: Prepare, inputs: Sequence[Path], root: Path) -> Input:
 
 def _places(inputs: Sequence[Path]) -> list[str]:
     """The inputs as they were typed, where that is no path."""
-    return [os.fspath(path) if storage.is_object(path) else hub.as_typed(path) for path in inputs]
+    return [str(path) if storage.is_object(path) else hub.as_typed(path) for path in inputs]
 
 
 def _has(inputs: Sequence[Path], stage_name: str) -> bool:
