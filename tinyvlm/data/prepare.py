@@ -35,7 +35,7 @@ from tinyvlm.data.given_images import GivenImages
 from tinyvlm.data.pictures.bodies import read_bodies
 from tinyvlm.data.pictures.found import PicturesConfig
 from tinyvlm.data.records import read_records
-from tinyvlm.data.sources import Dialogue, FileSource, PictureSource, SourceRow, storable
+from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, storable
 from tinyvlm.data.sources.catalogue import SourceName, open_source
 from tinyvlm.errors import ConfigError, DataError, InputError
 from tinyvlm.stage import Stage
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
-_PICTURES_AT_ONCE = 64
-"""Pictures of a listing that are in memory together, as they came."""
+_DIALOGUES_AT_ONCE = 64
+"""Conversations whose pictures are in memory together, as they came."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ class Prepare(Stage):
         assert not isinstance(self.source, FileSource)
         listed = rows.select(["key", "caption", "meta"]).to_pylist()
         pairs = zip(listed, read_bodies(rows, self.limits.max_bytes), strict=True)
-        while chunk := list(itertools.islice(pairs, _PICTURES_AT_ONCE)):
+        while chunk := list(itertools.islice(pairs, _DIALOGUES_AT_ONCE)):
             told = []
             for row, body in chunk:
                 if body.data is None:
@@ -263,14 +263,19 @@ class Prepare(Stage):
     def _with_pictures(
         self, told: Sequence[tuple[int, int, Dialogue]]
     ) -> Iterator[tuple[int, int, Dialogue, list[Decoded]]]:
-        usable = [image for _, _, one in told if one.status == schema.OK for image in one.images]
-        finished = self._images.finish(usable)
-        for key, number, one in told:
-            shown = [finished[image] for image in one.images] if one.status == schema.OK else []
-            bad = next((image for image in shown if image.status != schema.OK), None)
-            if bad is not None:
-                one = replace(one, status=bad.status, detail=bad.detail)
-            yield key, number, one, shown
+        """With each dialogue's pictures; as many dialogues at a time as pictures' files may well be in memory."""
+        finished: dict[GivenImage, Decoded] = {}
+        for start in range(0, len(told), _DIALOGUES_AT_ONCE):
+            chunk = told[start : start + _DIALOGUES_AT_ONCE]
+            usable = {image: None for _, _, one in chunk if one.status == schema.OK for image in one.images}
+            before = {image: finished[image] for image in usable if image in finished}  # equal pictures are neighbours
+            finished = before | self._images.finish(image for image in usable if image not in before)
+            for key, number, one in chunk:
+                shown = [finished[image] for image in one.images] if one.status == schema.OK else []
+                bad = next((image for image in shown if image.status != schema.OK), None)
+                if bad is not None:
+                    one = replace(one, status=bad.status, detail=bad.detail)
+                yield key, number, one, shown
 
     def _said(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> Sequence[Dialogue]:
         assert isinstance(self.source, FileSource)
