@@ -57,13 +57,16 @@ class PrepareConfig:
 
     source: SourceName = "captions"
     """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `messages`, `sharegpt`:
-    conversations of your own; `folder`: pictures with captions beside them; `auto`: what the input looks like."""
+    conversations of your own; `folder`: pictures with captions beside them; `auto`: what the input looks like; others:
+    the files of that dataset (docs/datasets.md)."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a picture's name in the records → the folder that has such pictures; "" stands for all others."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field that the source wants → what the files call it."""
+    subsets: tuple[str, ...] = ()
+    """Names of the parts of a source that are read ("coco", "vqa-v2"); none: its usual ones."""
     known: tuple[str, ...] = ()
     """Files of the same kind whose records count as duplicates: conversations that another source has already."""
     evaluation: tuple[str, ...] = ()
@@ -115,7 +118,8 @@ class PrepareConfig:
     @property
     def listed(self) -> dict[str, Any]:
         """The settings that decide what the `records` folder holds."""
-        return {name: getattr(self, name) for name in ("source", "columns", "known", "limit", "rows_per_part")}
+        names = ("source", "columns", "subsets", "known", "limit", "rows_per_part")
+        return {name: getattr(self, name) for name in names}
 
 
 class Prepare(Stage):
@@ -282,7 +286,8 @@ class Prepare(Stage):
         about = _parse(row["meta"])
         if row["status"] != schema.OK:
             family, split = about.get("family", "instruction"), about.get("split", "train")
-            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"])]
+            subset = about.get("subset", "")
+            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"], subset=subset)]
         try:
             return self.source.dialogues(record, about)
         except Exception as error:  # a reader that stumbles over somebody's record costs a row, not the run

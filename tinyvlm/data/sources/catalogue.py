@@ -12,12 +12,13 @@ from tinyvlm.errors import ConfigError
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
 
-SourceName = Literal["auto", "captions", "easy_vqa", "folder", "messages", "sharegpt"]
+SourceName = Literal["auto", "captions", "easy_vqa", "folder", "m3it", "messages", "sharegpt"]
 
 SOURCES: Mapping[str, str] = {
     "captions": "captions:Captions",
     "easy_vqa": "easy_vqa:EasyVQA",
     "folder": "folder:Folder",
+    "m3it": "m3it:M3IT",
     "messages": "messages:Messages",
     "sharegpt": "messages:ShareGPT",
 }
