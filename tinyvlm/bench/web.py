@@ -106,7 +106,7 @@ def make_certificates(folder: Path) -> tuple[Path, ssl.SSLContext]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*HOSTS).configure_cert(context)
     path = folder / "authority.pem"
-    # StoredImage the system's own, as on any machine: some programs read them all for every request.
+    # Beside the system's own, as on any machine: some programs read them all for every request.
     system = ssl.get_default_verify_paths().cafile or certifi.where()
     path.write_bytes(Path(system).read_bytes() + authority.cert_pem.bytes())
     return path, context
