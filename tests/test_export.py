@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from given_folders import given_folder
+from prepared import write_lines
 from test_prepare import CONFIG as EASY_VQA
 from test_prepare import all_pictures, encoded, world
 from test_records import jpeg
+from test_source_folder import as_files
 from test_source_llava import pictures, talk
 from test_source_m3it import lay, packed
 from test_source_m3it import row as m3it_row
@@ -28,8 +30,9 @@ from tinyvlm import cli, schema
 from tinyvlm.chat import Message, Picture
 from tinyvlm.data.export import COLUMNS, export
 from tinyvlm.data.prepare import Prepare, PrepareConfig
-from tinyvlm.data.prepare_input import open_prepare
+from tinyvlm.data.prepare_input import chosen, open_prepare
 from tinyvlm.data.sources import Dialogue, FileSource, PictureSource
+from tinyvlm.data.sources.catalogue import SOURCES
 from tinyvlm.data.sources.easy_vqa import EasyVQA
 from tinyvlm.errors import DataError
 from tinyvlm.images import PictureConfig, to_jpeg
@@ -135,6 +138,28 @@ def llavar(root: Path) -> Path:
     return prepared(PrepareConfig(source="llavar", count_tokens=False, images=places), [root / "x.json"], root)
 
 
+def messages(root: Path) -> Path:
+    (root / "a.jpg").write_bytes(jpeg(1))
+    system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>What is it?"}
+    answered = {"role": "assistant", "content": "A bus."}
+    rows = [
+        {"messages": [system, asked, answered], "images": ["a.jpg"]},
+        {"messages": [asked, answered], "images": ["b.jpg"]},
+        {"messages": [asked], "images": ["a.jpg"]},
+    ]
+    return prepared(PrepareConfig(source="messages", count_tokens=False), [write_lines(root / "x.jsonl", rows)], root)
+
+
+def sharegpt(root: Path) -> Path:
+    path = write_lines(root / "x.jsonl", [talk("Hello!", "Hi.", "And?", "No."), talk("Hello!")])
+    return prepared(PrepareConfig(source="sharegpt", count_tokens=False), [path], root)
+
+
+def folder(root: Path) -> Path:
+    as_files(root / "photos")
+    return prepared(PrepareConfig(source="folder", count_tokens=False), [root / "photos"], root)
+
+
 def alpaca(root: Path) -> Path:
     rows = [{"instruction": "Add.", "input": "7, 8", "output": "15"}, {"instruction": "x", "input": "", "output": ""}]
     (root / "x.json").write_text(json.dumps(rows))
@@ -153,8 +178,8 @@ def vqa_v2(root: Path) -> Path:
 
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
-    "odd": odd, "alpaca": alpaca, "captions": captions, "easy_vqa": easy_vqa, "llava": llava, "llavar": llavar,
-    "m3it": m3it, "vqa_v2": vqa_v2,
+    "odd": odd, "alpaca": alpaca, "captions": captions, "easy_vqa": easy_vqa, "folder": folder, "llava": llava,
+    "llavar": llavar, "m3it": m3it, "messages": messages, "sharegpt": sharegpt, "vqa_v2": vqa_v2,
 }  # fmt: skip
 """Name of a source → makes a finished folder of its conversations."""
 
@@ -192,6 +217,10 @@ def test_every_sources_csv_reads_back_as_the_same_conversations(name: str, tmp_p
     assert len(files) == len(stored) == done.num_pictures
 
 
+def test_every_source_has_its_folder_above() -> None:
+    assert set(SOURCES) - {"csv"} == set(FOLDERS) - {"odd"}
+
+
 def test_the_made_up_folder_has_every_kind_of_row(tmp_path: Path) -> None:
     """Otherwise the test above would be less than it looks."""
     rows = rows_of(odd(tmp_path))
@@ -206,6 +235,7 @@ def test_the_made_up_folder_has_every_kind_of_row(tmp_path: Path) -> None:
 def test_a_second_trip_gives_the_same_table(tmp_path: Path) -> None:
     export(odd(tmp_path), tmp_path / "one" / "x.csv", all_rows=True)
     export(read_back(tmp_path / "one" / "x.csv", tmp_path / "back", "odd"), tmp_path / "two" / "x.csv", all_rows=True)
+    assert chosen(PrepareConfig(source="auto"), [tmp_path / "one" / "x.csv"]).source == "csv"
     one, two = (read_csv(tmp_path / name / "x.csv") for name in ("one", "two"))
     for row in [*one, *two]:
         del row["key"], row["source_key"]

@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import posixpath
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -20,11 +21,15 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from tinyvlm import images, schema, storage
+from tinyvlm.data import hub
 from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.sources import GivenImage, StoredImage
 
 _COCO = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)")
 """COCO's pictures are called by their number alone since 2017; in 2014 their names said the split too."""
+_LINK = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_MAX_NAME = 120
+"""Characters of a name in a sentence."""
 _DATA = re.compile(r"data:[^,;]*((?:;[^,;]*)*),", re.IGNORECASE)
 
 
@@ -74,9 +79,10 @@ class GivenImages:
         if isinstance(image, bytes):
             return image
         if isinstance(image, StoredImage):
-            beside = {"": storage.address(image.folder)} if image.folder else {}
             if image.name is None:
                 return Unreadable("no_picture", "its row came without the picture")
+            # As if prepare.images had no other folder for it.
+            beside = {"": storage.address(image.folder)} if image.folder else {}
             return self._of_file(image.name, {**beside, **self.folders})
         if image[:5].lower() == "data:":
             return _of_data_address(image)
@@ -95,38 +101,44 @@ class GivenImages:
         found = _place(name, folders)
         if isinstance(found, Unreadable):
             return found
-        names = _names_of(found.name)
-        sizes = storage.sizes(found.parent) if storage.is_object(found) else None
+        shown, names = name[:_MAX_NAME], _names_of(found.name)
         for path in (found.with_name(each) for each in names):
             try:
-                size = path.stat().st_size if sizes is None else sizes.get(path.name)
-                if size is not None and size > self.limits.max_bytes:
-                    return Unreadable("too_large", f"{size} bytes, {self.limits.max_bytes} allowed")
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+                    return Unreadable("unreadable", f"{shown} is no file")
+                if status.st_size > self.limits.max_bytes:
+                    return Unreadable("too_large", f"{status.st_size} bytes, {self.limits.max_bytes} allowed")
                 return storage.read(path)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-                return Unreadable("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}")
+                return Unreadable("unreadable", f"{shown}: {getattr(error, 'strerror', None) or error}")
         tried = f", nor {' or '.join(names[1:])}" if names[1:] else ""
-        return Unreadable("no_picture", f"{name} is not in {found.parent}{tried}")
+        return Unreadable("no_picture", f"{shown} is not in {found.parent}{tried}")
 
 
 def _place(name: str, folders: Mapping[str, Path]) -> Path | Unreadable:
     """Where a named picture lies; a name never leads out of its folder."""
+    said = name[:_MAX_NAME]
+    if _LINK.match(name):
+        return Unreadable("no_picture", f"{said} is a link, and prepare fetches none: download it, and name the file")
     clean = posixpath.normpath(name.replace("\\", "/"))
     fitting = [prefix for prefix in folders if not prefix or f"{clean.strip('/')}/".startswith(f"{prefix}/")]
     if not fitting:
         known = ", ".join(repr(prefix) for prefix in folders) or "none"
-        return Unreadable("no_picture", f"{name} is under no folder of prepare.images (there are {known})")
+        return Unreadable("no_picture", f"{said} is under no folder of prepare.images (there are {known})")
     prefix = max(fitting, key=len)
     folder = folders[prefix]
+    if hub.is_pinned(folder):
+        return Unreadable("no_picture", f"{said} lies on the hub, beside its file: `hf download` it all, and read that")
     if clean.startswith("/") and not storage.is_object(folder):  # whole paths are taken when they lead there
         whole, root = Path(clean), folder.absolute()
         if whole.is_relative_to(root):
             return whole
     rest = clean.strip("/").removeprefix(prefix).lstrip("/")
-    if rest.startswith("..") or not rest or rest == ".":
-        return Unreadable("no_picture", f"{name} leads out of {folder}")
+    if rest == ".." or rest.startswith("../") or rest in ("", "."):
+        return Unreadable("no_picture", f"{said} leads out of {folder}")
     return folder / rest
 
 

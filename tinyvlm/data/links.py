@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
@@ -215,7 +216,10 @@ def _normalise(rows: pa.RecordBatch, config: LinksConfig, first_key: int) -> pa.
 
 def _cast(rows: pa.RecordBatch, column: str, kind: pa.DataType, wanted: str) -> pa.Array:
     try:
-        return rows[column].cast(kind)
+        values = rows[column]
+        if pa.types.is_floating(values.type) and pa.types.is_string(kind):  # "not a number" is no word
+            values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+        return values.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"The column {column!r} wants {wanted}, but holds {rows[column].type}: {reason}") from None

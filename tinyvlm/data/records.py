@@ -11,6 +11,7 @@ names, sizes and times of change of the files (of a dataset on the hub, its comm
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -34,7 +35,8 @@ from tinyvlm.data import hub
 from tinyvlm.data.json_array import ArrayError, read_array
 from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.routing import SortedParts
-from tinyvlm.data.sources import FileSource, drawn, require_fields
+from tinyvlm.data.sources import FileSource, drawn, require_fields, storable
+from tinyvlm.data.sources.catalogue import fitting
 from tinyvlm.errors import DataError
 from tinyvlm.folders import Input, is_finished
 
@@ -51,8 +53,6 @@ any others, which is less."""
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
-
 Place = tuple[int, int | None]
 """Offset and length in bytes, or a row's number and None."""
 
@@ -169,18 +169,21 @@ class _Lister:
         def rows_of(file: str) -> Iterable[tuple[Place, Mapping[str, Any]]]:
             for place, record in read_rows(file, self.config.columns):
                 if file not in checked and record:
-                    require_fields(record, self.source.required, file)
+                    require_fields(record, self.source.required, file, fitting(record))
                     checked.add(file)
                 yield place, record
 
         for key, (file, place, record) in enumerate(self.source.records(self.files, rows_of)):
-            yield self._row(key, file, place, record)
+            try:
+                yield self._row(key, file, place, record)
+            except RecursionError:
+                yield self._bad(key, file, place, "bad_record", "nested too deeply")
 
     def _row(self, key: int, file: str, place: Place | None, record: Mapping[str, Any]) -> dict[str, Any]:
         if not record:
             return self._bad(key, file, place, "bad_record", "no JSON object")
         outline = self.source.outline(record, file)
-        meta = _storable(_to_json(outline.about))
+        meta = storable(_to_json(outline.about))
         if outline.status != schema.OK:
             return self._bad(key, file, place, outline.status, outline.detail, meta)
         if outline.same is not None:
@@ -202,6 +205,7 @@ class _Lister:
         self, key: int, file: str, place: Place | None, status: str, detail: str | None, meta: str = "{}"
     ) -> dict[str, Any]:
         where = {"file": file, "offset": place[0], "length": place[1]} if place else {"file": file}
+        detail = None if detail is None else storable(detail)
         return {"key": key, "status": status, "detail": detail, **where, "meta": meta, "route": drawn(key)}
 
 
@@ -216,21 +220,26 @@ def _within(part: pa.Table, max_bytes: int) -> Iterator[pa.Table]:
         start = end
 
 
+def _plain(value: Any) -> str:
+    """What JSON cannot say: dates, which Parquet may hold and no reader wants, become words; bytes stay away."""
+    if isinstance(value, bytes):
+        raise TypeError("bytes")
+    return str(value)
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
+
+
 def _as_json(record: Mapping[str, Any]) -> str | None:
-    """None where there is more in it than JSON can say (bytes, dates)."""
+    """None where there are bytes in it."""
     try:
-        return _to_json(record)
+        return storable(_to_json(record))
     except TypeError:
         return None
 
 
 def _can_seek(file: str) -> bool:
     return file.endswith((".jsonl", ".ndjson", ".parquet"))
-
-
-def _storable(text: str) -> str:
-    """Without halves of characters, which no file can store."""
-    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
@@ -330,6 +339,8 @@ def _lines(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     with open_file(file) as raw, io.BufferedReader(cast(io.RawIOBase, raw), _READ_BYTES) as lines:
         offset = 0
         for line in lines:
+            if not offset and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{file} is written in UTF-16; save it as UTF-8.")
             if line.strip():
                 yield (offset, len(line)), parse(line)
             offset += len(line)
@@ -347,7 +358,10 @@ def parse(text: bytes | str) -> dict[str, Any]:
 def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     """An array of objects; JSON lines under that name are read too."""
     with open_file(file) as raw:
-        first = raw.read(_READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+        first = raw.read(_READ_BYTES)
+        first = first.removeprefix(codecs.BOM_UTF8).lstrip()
+        if first[:1] == b"{" and b"\n" not in first:
+            first += raw.readline()
     if first[:1] == b"{":
         if not parse(first.split(b"\n")[0]):
             raise DataError(f"{file} is one JSON object; an array of records was wanted, or one record a line.")

@@ -31,9 +31,11 @@ class Table(FileSource):
 
     name = "csv"
     suffixes = (".csv",)
+    required: tuple[str, ...] = OWN
 
     def __init__(self, config: PrepareConfig) -> None:
         self.config = config
+        self.required = ()  # there are two kinds of tables, and `records` looks which it is
 
     def records(self, files: Sequence[str], rows: RowReader) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
         """Each file's rows; it has all columns of one of the two kinds."""
