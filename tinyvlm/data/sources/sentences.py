@@ -6,8 +6,8 @@
     "What is the man holding?"        + "kite"   ─▶ "It's kite."             (the published system's only rule)
     "Why is she smiling?"             + "happy"  ─▶ "Happy."
 
-English is not turned round by rules in general, so each rule is one whose grammar cannot go wrong with the questions
-that it takes; all others get the answer alone, with a capital letter and a full stop.
+English is not turned round by rules in general, so each rule takes few forms of question, whose grammar it can keep
+(but for "It's …", which knows no articles); all others get the answer alone, with a capital letter and a full stop.
 """
 
 from __future__ import annotations
