@@ -46,8 +46,11 @@ def run_report(title: str, sections: Sequence[tuple[str, Mapping[str, Any]]]) ->
     return page(title, [(name, section(statistics)) for name, statistics in sections])
 
 
-def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole page of (heading, HTML) sections; with more than one, links to them at the top."""
+def page(title: str, sections: Sequence[tuple[str, str]], style: str = "") -> str:
+    """A whole page of (heading, HTML) sections; with more than one, links to them at the top.
+
+    `style`: rules for what only these sections have.
+    """
     named = [(f"s{index}", heading, body) for index, (heading, body) in enumerate(sections)]
     links = "".join(f"<a href='#{anchor}'>{escape(heading)}</a>" for anchor, heading, _ in named if heading)
     bodies = "".join(
@@ -58,7 +61,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         "<meta name='color-scheme' content='light dark'>"
-        f"<title>{escape(title)} · TinyVLM</title><style>{_STYLE}</style></head><body>"
+        f"<title>{escape(title)} · TinyVLM</title><style>{_STYLE}{style}</style></head><body>"
         f"<header><h1>{escape(title)}</h1>{f'<nav>{links}</nav>' if len(named) > 1 else ''}</header>"
         f"<main>{bodies}</main><footer>TinyVLM {escape(tinyvlm.__version__)}</footer></body></html>\n"
     )
@@ -256,7 +259,7 @@ def _text(value: Any, name: str = "") -> str:
     if isinstance(value, (int, float)):
         if name.endswith(("_share", "success_rate")):
             return _percent(value, 1)
-        return _size(value) if name.endswith("_bytes") else number(value)
+        return size(value) if name.endswith("_bytes") else number(value)
     if isinstance(value, Mapping):
         return (
             " · ".join(f"{str(key).replace('_', ' ')}: {_text(item, str(key))}" for key, item in value.items()) or "–"
@@ -266,7 +269,8 @@ def _text(value: Any, name: str = "") -> str:
     return str(value)
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes as a person writes them: 1.5 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
