@@ -199,11 +199,7 @@ def choose(folder: Path, choice: Choice) -> list[dict[str, Any]]:
             with pq.ParquetFile(readable(path)) as file:
                 table = file.read(["key"] if choice.keys else list(_CHOSEN_BY))
             if choice.keys:
-                rows = np.flatnonzero(
-                    np.isin(
-                        table["key"].to_numpy(), np.array([key for key in choice.keys if abs(key) < 2**63], np.int64)
-                    )
-                )
+                rows = np.flatnonzero(np.isin(table["key"].to_numpy(), keys))
                 by_key |= {table["key"][int(row)].as_py(): Place(part, int(row)) for row in rows}
                 continue
             rows = np.flatnonzero(_fits(table, choice))

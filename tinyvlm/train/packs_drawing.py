@@ -1,6 +1,6 @@
 """Packs of a saved plan as bars: `tinyvlm data show RUN --packs N`.
 
-    step 0 · pack 2   253 of 256 positions, 98.8 % · 4 samples, 4 pictures
+    step 0 · pack 2 · 253 of 256 positions, 98.8 % · 4 samples, 4 pictures
     |░░░░░▒▒▒▒▒█|░░░░░▒▒▒▒▒▒▒▒▒▒█|░░░░░▒▒▒▒█▒▒▒█▒▒▒▒█|░░░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒██·
 
 Drawn from lengths alone, as they are in the plan: of a sample, first what its pictures take, then its words, then what
@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
         share = f"{100 * self.tokens / self.length:.1f} %"
         samples = "1 sample" if len(self.items) == 1 else f"{len(self.items)} samples"
         return (
-            f"step {self.step} · pack {self.number}   {self.tokens:,} of {self.length:,} positions, {share} · "
+            f"step {self.step} · pack {self.number} · {self.tokens:,} of {self.length:,} positions, {share} · "
             f"{samples}, {'1 picture' if pictures == 1 else f'{pictures} pictures'}"
         )
 
@@ -160,7 +160,7 @@ def to_text(pack: Drawn, num_image_tokens: int, width: int) -> Text:
 def page(head: str, packs: Sequence[Drawn], num_image_tokens: int) -> str:
     """The same on a page."""
     shown = [name for name in KINDS if num_image_tokens or name != "pictures"]
-    key = "".join(f"<li><i class='{name}'></i>{name}</li>" for name in shown)
+    key = "".join(f"<li><i class='of-{name}'></i>{name}</li>" for name in shown)
     said = "Pictures are among the words: give --recipe or --model to tell them apart. " if not num_image_tokens else ""
     note = (
         f"<p class='note'>{escape(head)}. Of each sample, how much is what; not where it stands. {said}"
@@ -177,7 +177,9 @@ def _bar(pack: Drawn, num_image_tokens: int) -> str:
 def _sample(item: Item, length: int, num_image_tokens: int) -> str:
     parts = parts_of(item, num_image_tokens)
     said = " · ".join(f"{number:,} {name}" for name, number in parts.items() if number)
-    pieces = "".join(f"<i class='{name}' style='flex-grow:{number}'></i>" for name, number in parts.items() if number)
+    pieces = "".join(
+        f"<i class='of-{name}' style='flex-grow:{number}'></i>" for name, number in parts.items() if number
+    )
     share = 100 * item.tokens / length
     return (
         f"<div style='width:{share:.4f}%' title='conversation {item.key}: {item.tokens:,} tokens ({escape(said)})'>"
@@ -187,7 +189,6 @@ def _sample(item: Item, length: int, num_image_tokens: int) -> str:
 
 STYLE = """
 .pack{margin:0 0 14px}.pack p{margin:0 0 4px;font-size:13.5px;color:var(--soft);font-variant-numeric:tabular-nums}
-.packed{--pictures:var(--c3);--words:var(--c0);--supervised:var(--good)}
 .bar.packed{display:flex;height:30px;border:1px solid var(--rule);border-radius:5px;overflow:hidden;
 background:repeating-linear-gradient(135deg,var(--card) 0 5px,var(--rule) 5px 7px)}
 .bar.packed>div{display:flex;position:relative;box-shadow:inset -2px 0 0 var(--page);overflow:hidden;padding-right:2px;
@@ -195,8 +196,8 @@ min-width:0}
 .bar.packed>div:hover{filter:brightness(1.15)}
 .bar.packed span{position:absolute;left:5px;top:6px;font-size:12px;line-height:18px;color:#fff;
 text-shadow:0 0 3px #0009;font-variant-numeric:tabular-nums}
-.packed i.pictures{background:var(--pictures)}.packed i.words{background:var(--words)}
-.packed i.supervised{background:var(--supervised)}
-.legend.packed{margin-bottom:14px}.legend.packed i.padding{background:
+.packed .of-pictures{background:var(--c3)}.packed .of-words{background:var(--c0)}
+.packed .of-supervised{background:var(--good)}
+.legend.packed{margin-bottom:14px}.legend.packed .of-padding{background:
 repeating-linear-gradient(135deg,var(--card) 0 2px,var(--soft) 2px 3px);outline:1px solid var(--rule)}
 """
