@@ -6,7 +6,8 @@
 Of the statistics, `statuses` become a bar, a sum and a table with their meanings, `charts` are drawn (charts.py),
 `pictures` are shown, `rows` (label and text) are listed, `sections` (name → statistics, with a `note` and `measured` if
 another run may give other numbers) come below with a heading each, and whatever else is there is listed as it is:
-lists of records as tables (behind a click where `folded` has their name), shares in per cent, bytes in kB, MB, ….
+lists of records and mappings with equal names as tables (behind a click where `folded` has their name), shares in per
+cent, bytes in kB, MB, ….
 
 Everything is escaped: host names, captions and details come from strangers.
 """
@@ -209,12 +210,24 @@ def _others(statistics: Mapping[str, Any], level: int, folded: Sequence[str]) ->
             table = _records(value)
             fold = f"<details><summary>{_name(name)}, as numbers</summary>{table}</details>"
             tables.append(fold if name in folded else heading + table)
+        elif isinstance(value, Mapping) and _is_matrix(value):
+            tables.append(heading + _records([{"": str(key).replace("_", " "), **row} for key, row in value.items()]))
         elif isinstance(value, Mapping) and value and any(isinstance(item, Mapping) for item in value.values()):
             flat = {f"{key} · {inner}": v for key, item in value.items() for inner, v in _items(item)}
             tables.append(heading + _table((), [(key, _text(item)) for key, item in flat.items()]))
         else:
             plain.append((str(name).replace("_", " "), _text(value, str(name))))
     return (_table((), plain) if plain else "") + "".join(tables)
+
+
+def _is_matrix(value: Mapping[Any, Any]) -> bool:
+    """Rows of plain values under the same names."""
+    rows = list(value.values())
+    return (
+        bool(rows)
+        and all(isinstance(row, Mapping) and row and list(row) == list(rows[0]) for row in rows)
+        and not any(isinstance(item, (Mapping, list, tuple)) for row in rows for item in row.values())
+    )
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
