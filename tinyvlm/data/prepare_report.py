@@ -94,7 +94,8 @@ def _by_source(tally: Tally) -> Iterator[dict[str, Any]]:
             row |= {"pictures": round(found.pictures / found.rows, 2), "turns": round(found.turns / found.rows, 2)}
         if found and found.tokens.num_values():
             most = int(found.tokens.maximum())
-            row |= {name: min(round(found.tokens.at(share)), most) for name, share in (("median_tokens", 0.5), ("p95", 0.95))}
+            at = {"median_tokens": 0.5, "p95": 0.95}  # quantiles are a little off, which must not lead past the longest
+            row |= {name: min(round(found.tokens.at(share)), most) for name, share in at.items()}
             row["longest"] = most
         yield row
 
@@ -157,37 +158,29 @@ def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
 
 
 def _set_aside(tally: Tally) -> dict[str, Any]:
-    """What is kept out of training, by source, and the commonest reasons."""
-    found = sorted(
-        ((number, status, source) for (source, status), number in _statuses(tally).items()),
-        key=lambda item: (-item[0], item[1:]),
-    )
-    if not found:
+    """What is kept out of training: the commonest reasons, and how many rows of each source."""
+    counts = Counter[tuple[str, str]]()
+    for (source, _, _, status), number in tally.counted.items():
+        if status != schema.OK:
+            counts[source, status] += number
+    if not counts:
         return {}
     reasons = []
     for name, number in most_common(tally.reasons, MAX_REASONS):
         status, source, _ = name.split("\t", 2)
-        example = tally.reason_examples.get(name) or "–"
-        reasons.append({"rows": number, "status": status, "source": source, "reason": _clip(example, 200)})
-    counts = [
-        {"status": status, "source": source, "rows": number, "share": f"{_percent(number, tally, source)}"}
-        for number, status, source in found
-    ]
-    note = "Rows stay in the folder with their status and reason.  Reasons that differ only in numbers and in names of "
-    note += "files count together; one of them is shown."
-    return {"set_aside": {"note": note, "by_source": counts, "commonest_reasons": reasons}}
-
-
-def _statuses(tally: Tally) -> Counter[tuple[str, str]]:
-    found = Counter[tuple[str, str]]()
-    for (source, _, _, status), number in tally.counted.items():
-        if status != schema.OK:
-            found[source, status] += number
-    return found
-
-
-def _percent(number: int, tally: Tally, source: str) -> str:
-    return f"{100 * number / tally.num(source=source, status=''):.1f} %"
+        example = _clip(tally.reason_examples.get(name) or "–", 200)
+        reasons.append({"rows": number, "status": status, "source": source, "reason": example})
+    by_source = []
+    statuses = sorted({status for _, status in counts})
+    for source in sorted({source for source, _ in counts}):
+        row = {status: counts[source, status] for status in statuses}
+        share = sum(row.values()) / tally.num(source=source, status="")
+        by_source.append({"source": source, "set_aside_share": share, **row})
+    note = (
+        "Rows stay in the folder with their status and reason. Reasons that differ only in numbers and in names of "
+        "files count together; one of them is shown."
+    )
+    return {"set_aside": {"note": note, "commonest_reasons": reasons, "by_source": by_source}}
 
 
 def _examples(paths: Sequence[Path], tally: Tally) -> tuple[list[dict[str, str]], dict[str, Any]]:
