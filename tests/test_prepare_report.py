@@ -83,7 +83,11 @@ def test_what_is_set_aside_is_told_by_source_and_by_reason(told: dict[str, Any])
     assert sum(row["rows"] for row in reasons) == len(bad)
     missing = [row for row in reasons if row["status"] == "no_picture"]
     assert len(missing) == 5, "names of files in one folder are one reason"
-    assert any("ocr/3fe2ab90cc17-00aa.png" in row["reason"] for row in missing)
+    assert any("ocr/3fe2ab90cc17-00aa.png" in row["detail"] for row in missing)
+    for row in reasons:
+        example = made()[int(row["key"])]
+        assert (example["status"], example["source"]) == (row["status"], row["source"])
+        assert (example["detail"] or "") == row["detail"]
     assert told["duplicates"] == 1
     assert told["contaminated"] == 1
 

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("folder", type=address)
     clean.set_defaults(run=_clean)
 
-    add_data_commands(commands)
+    add_data_commands(commands.add_parser("data", help="look at conversations and take them elsewhere"))
 
     bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
     benches = bench.add_subparsers(required=True, metavar="WHAT")

@@ -1,18 +1,14 @@
-"""`tinyvlm data …`: look at conversations before anything is trained on them."""
+"""`tinyvlm data …`: look at conversations and take them elsewhere."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from tinyvlm.data import show_command
 
 
-def add_data_commands(commands: Any) -> None:
-    """The group `data`, to the commands of `tinyvlm`."""
-    data = commands.add_parser("data", help="look at what the model is trained on")
-    kinds: Any = data.add_subparsers(required=True, metavar="WHAT")
-    show: argparse.ArgumentParser = kinds.add_parser(
-        "show", help="conversations token by token, or the packs of a training plan"
-    )
-    show_command.add_arguments(show)
+def add_data_commands(parser: argparse.ArgumentParser) -> None:
+    """The commands of the group; each sets `run`, which takes the options and gives the exit code."""
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    told = "print conversations as the model sees them, or draw the packs of a training plan"
+    show_command.add_arguments(commands.add_parser("show", help=told))

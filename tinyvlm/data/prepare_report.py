@@ -25,7 +25,8 @@ from tinyvlm.schema import FAMILIES, SPLITS
 from tinyvlm.storage import readable
 
 STORED = "images.list.element.bytes"
-MAX_REASONS = 40
+REASONS_OF_EACH = 10
+"""Reasons that are listed of each status."""
 CAPTION_LENGTH, TEXT_LENGTH = 160, 1200
 """Characters of an example that are shown: below a picture, and where there is none."""
 
@@ -83,7 +84,7 @@ def _by_source(tally: Tally) -> Iterator[dict[str, Any]]:
     """A row for each source and family."""
     kinds = sorted({(source, family) for source, family, *_ in tally.counted}, key=_order)
     for source, family in kinds:
-        numbers = {split: tally.num(source=source, family=family, split=split) for split in SPLITS}
+        numbers: dict[str, int] = {split: tally.num(source=source, family=family, split=split) for split in SPLITS}
         trained = numbers["train"] + numbers["validation"]
         usable = sum(numbers.values())
         row: dict[str, Any] = {"source": source, "family": family, **numbers}
@@ -101,7 +102,7 @@ def _by_source(tally: Tally) -> Iterator[dict[str, Any]]:
 
 
 def _order(kind: tuple[str, str]) -> tuple[str, int]:
-    return kind[0], FAMILIES.index(kind[1]) if kind[1] in FAMILIES else len(FAMILIES)  # type: ignore[arg-type]
+    return kind[0], FAMILIES.index(kind[1]) if kind[1] in FAMILIES else len(FAMILIES)
 
 
 def _charts(tally: Tally) -> list[dict[str, Any]]:
@@ -113,7 +114,8 @@ def _charts(tally: Tally) -> list[dict[str, Any]]:
         charts.append(_lengths(tally))
     for title, counts in (("Pictures in a conversation", tally.pictures), ("Turns of a conversation", tally.turns)):
         names = [*map(str, range(MOST)), f"{MOST} or more"]
-        charts.append(_bars(title, [(name, number) for name, number in zip(names, counts, strict=True) if number]))
+        told = [(name, number) for name, number in zip(names, counts.tolist(), strict=True) if number]
+        charts.append(_bars(title, told))
     if answers := most_common(tally.answers, 24):
         charts.append(_bars("Short answers in training", answers))
     if words := most_common(tally.words, 24, DULL_WORDS):
@@ -153,7 +155,7 @@ def _lengths(tally: Tally) -> dict[str, Any]:
 
 
 def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    labels, values = [name for name, _ in counted], [int(number) for _, number in counted]
+    labels, values = [name for name, _ in counted], [number for _, number in counted]
     return {"kind": "bar", "title": title, "labels": labels, "values": values}
 
 
@@ -165,11 +167,6 @@ def _set_aside(tally: Tally) -> dict[str, Any]:
             counts[source, status] += number
     if not counts:
         return {}
-    reasons = []
-    for name, number in most_common(tally.reasons, MAX_REASONS):
-        status, source, _ = name.split("\t", 2)
-        example = _clip(tally.reason_examples.get(name) or "–", 200)
-        reasons.append({"rows": number, "status": status, "source": source, "reason": example})
     by_source = []
     statuses = sorted({status for _, status in counts})
     for source in sorted({source for source, _ in counts}):
@@ -178,9 +175,24 @@ def _set_aside(tally: Tally) -> dict[str, Any]:
         by_source.append({"source": source, "set_aside_share": share, **row})
     note = (
         "Rows stay in the folder with their status and reason. Reasons that differ only in numbers and in names of "
-        "files count together; one of them is shown."
+        "files count together; the key is of one of them."
     )
-    return {"set_aside": {"note": note, "commonest_reasons": reasons, "by_source": by_source}}
+    return {"set_aside": {"note": note, "commonest_reasons": _reasons(tally), "by_source": by_source}}
+
+
+def _reasons(tally: Tally) -> list[dict[str, Any]]:
+    """Why rows were set aside: of each status the commonest reasons, with a row that has it."""
+    told = Counter[str]()
+    reasons = []
+    for name, number in most_common(tally.reasons, len(tally.reasons.names)):
+        status, source, _ = name.split("\t", 2)
+        told[status] += 1
+        if told[status] <= REASONS_OF_EACH and name in tally.reason_examples:
+            key, detail = tally.reason_examples[name]
+            reasons.append(
+                {"rows": number, "status": status, "source": source, "key": str(key), "detail": _clip(detail, 200)}
+            )
+    return reasons
 
 
 def _examples(paths: Sequence[Path], tally: Tally) -> tuple[list[dict[str, str]], dict[str, Any]]:

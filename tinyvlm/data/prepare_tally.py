@@ -84,7 +84,8 @@ class Tally:
         self.pictures_shown = self.num_inputs = 0
         self.distinct = Distinct()
         self.reasons, self.answers, self.words = Groups(1, 10_000), Groups(1), Groups(1)
-        self.reason_examples: dict[str, str] = {}
+        self.reason_examples: dict[str, tuple[int, str]] = {}
+        """Of each of `reasons` the key of one row, and what it says."""
         self.drawn = Draw(EXAMPLES_OF_EACH)
         self.longest, self.shortest = Extreme(1), Extreme(-1)
         self.in_source, self.ledger = in_source, Ledger(in_source)
@@ -129,12 +130,13 @@ class Tally:
         pattern = pc.replace_substring_regex(table["detail"], _FILE, r"/*.\1\2")
         pattern = pc.replace_substring_regex(pattern, _NUMBERS, "#")
         names = pc.binary_join_element_wise(table["status"], table["source"], pattern, "\t")
-        grouped = pa.table({"name": names, "detail": table["detail"]}).group_by("name")
-        counted = grouped.aggregate([("detail", "min"), ([], "count_all")])
+        grouped = pa.table({"name": names, "row": np.arange(table.num_rows)}).group_by("name")
+        counted = grouped.aggregate([("row", "min"), ([], "count_all")])
         names = counted["name"].to_pylist()
         self.reasons.add(names, np.zeros(len(names), np.int64), counted["count_all"].to_numpy())
-        for name, detail in zip(names, counted["detail_min"].to_pylist(), strict=True):
-            self.reason_examples.setdefault(name, detail)
+        examples = table.select(["key", "detail"]).take(counted["row_min"]).to_pylist()
+        for name, example in zip(names, examples, strict=True):
+            self.reason_examples.setdefault(name, (example["key"], example["detail"]))
         if len(self.reason_examples) > 4 * self.reasons.max_names:
             kept = set(self.reasons.names)
             self.reason_examples = {name: said for name, said in self.reason_examples.items() if name in kept}

@@ -223,7 +223,8 @@ def _fits(table: pa.Table, choice: Choice) -> npt.NDArray[np.bool_]:
         fits = pc.and_(fits, pc.equal(table["family"], choice.family))
     if choice.split:
         fits = pc.and_(fits, pc.is_in(table["split"], pa.array(choice.split, pa.string())))
-    return pc.fill_null(fits, False).to_numpy(zero_copy_only=False).astype(bool)
+    chosen: npt.NDArray[np.bool_] = pc.fill_null(fits, False).to_numpy(zero_copy_only=False).astype(bool)
+    return chosen
 
 
 def sources_in(folder: Path) -> list[str]:

@@ -23,8 +23,8 @@ def page(shown: Sequence[tuple[Path, Sequence[View]]]) -> str:
         "<p class='note'><span class='talk'><b>supervised</b></span>: the loss counts it · <span class='talk'>"
         "<i>special token</i></span> · point at a word to see its token's number</p>"
     )
-    sections = [(folder.name, key + "".join(map(_card, views))) for folder, views in shown]
-    return report.page("What the model sees", sections, STYLE)
+    sections = [(folder.name, "".join(map(_card, views))) for folder, views in shown]
+    return report.page("What the model sees", [("", key), *sections], STYLE)
 
 
 def _card(view: View) -> str:
