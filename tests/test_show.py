@@ -22,7 +22,7 @@ from tinyvlm.folders import part_paths
 from tinyvlm.model.build import build_processor
 from tinyvlm.recipes import tiny
 from tinyvlm.train import packs_drawing, plan
-from tinyvlm.train.data import Conversations, data_files, measure
+from tinyvlm.train.data import Conversations, measure
 from tinyvlm.train.plan import Item
 from tinyvlm.train.settings import TrainConfig
 
@@ -44,9 +44,9 @@ def run(*arguments: str | Path) -> int:
 def test_what_is_shown_is_what_training_gets(made: dict[str, Any], tmp_path: Path) -> None:
     processor = tiny_processor()
     folder = prepare_folder(tmp_path, [made], parts=1)
-    lengths = measure(dict(enumerate(data_files(folder))), processor).to_pylist()[0]
+    lengths = measure(dict(enumerate(part_paths(folder))), processor).to_pylist()[0]
     item = Item(**{name: lengths[name] for name in Item._fields})
-    sample = Conversations(data_files(folder), processor, window=1, cache_bytes=1 << 20).load([item])[0]
+    sample = Conversations(part_paths(folder), processor, window=1, cache_bytes=1 << 20).load([item])[0]
 
     view = look(choose(folder, Choice(keys=(made["key"],)))[0], processor)
     assert [token for piece in view.pieces for token in piece.ids] == sample.input_ids.tolist()
@@ -241,13 +241,11 @@ def test_a_damaged_part_is_told(tmp_path: Path) -> None:
         choose(folder, Choice())
 
 
-def plan_folder(root: Path, **changes: Any) -> tuple[Path, plan.Plan, TrainConfig]:
+def plan_folder(root: Path) -> tuple[Path, plan.Plan, TrainConfig]:
     """A training run's folder with its plan."""
-    folder = prepare_folder(root, rows(60), parts=2)
-    lengths = measure(dict(enumerate(data_files(folder))), tiny_processor())
-    config = TrainConfig(
-        families={"vqa": 1.0, "multi_turn": 1.0}, pack_length=128, packs_per_step=4, samples_per_pack=0, **changes
-    )
+    folder = prepare_folder(root, [{**row, "family": "caption"} for row in rows(60)], parts=2)
+    lengths = measure(dict(enumerate(part_paths(folder))), tiny_processor())
+    config = TrainConfig(pack_length=128, packs_per_step=4, samples_per_pack=0)
     made = plan.build(lengths, config)
     run_folder = root / "sft-1"
     run_folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -162,8 +163,12 @@ def _console(no_color: bool) -> tuple[Console, bool]:
 
 
 def _print(texts: list[Text], console: Console, plain: bool) -> None:
-    for text in texts:
-        if plain:
-            console.file.write(f"{text.plain}\n")
-        else:
-            console.print(text, soft_wrap=True)
+    try:
+        for text in texts:
+            if plain:
+                console.file.write(f"{text.plain}\n")
+            else:
+                console.print(text, soft_wrap=True)
+        console.file.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is left must not be told at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
