@@ -50,8 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--model", default="tinyvlm")
     ask.set_defaults(run=_ask)
 
-    add_data_commands(commands.add_parser("data", help="take conversations elsewhere"))
-
     verify = commands.add_parser("verify", help="check a stage folder against its checksums")
     verify.add_argument("folder", type=address)
     told = "remove damaged files and the manifest, so that the same command does those parts again"
@@ -61,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="remove what a finished stage folder does not need any more")
     clean.add_argument("folder", type=address)
     clean.set_defaults(run=_clean)
+
+    add_data_commands(commands.add_parser("data", help="look at conversations and take them elsewhere"))
 
     bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
     benches = bench.add_subparsers(required=True, metavar="WHAT")

@@ -6,12 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from tinyvlm.data import show_command
 from tinyvlm.storage import address
 
 
 def add_data_commands(parser: argparse.ArgumentParser) -> None:
     """The commands of the group; each sets `run`, which takes the options and gives the exit code."""
     commands = parser.add_subparsers(required=True, metavar="WHAT")
+    told = "print conversations as the model sees them, or draw the packs of a training plan"
+    show_command.add_arguments(commands.add_parser("show", help=told))
+
     export = commands.add_parser("export", help="write conversations as CSV, which prepare.source=csv reads back")
     export.add_argument("folder", type=address, help="a folder of prepare, or a root that holds one")
     export.add_argument("output", type=Path, metavar="OUT.csv", help="pictures go into OUT.pictures beside it")
