@@ -16,7 +16,7 @@ from tinyvlm.errors import DataError
 from tinyvlm.model import Sample, TinyVLMForConditionalGeneration, TinyVLMProcessor
 from tinyvlm.train import plan
 from tinyvlm.train.data import Conversations, data_files, measure, messages_of
-from tinyvlm.train.packing import IGNORED, Batch, assemble, group
+from tinyvlm.train.batch import IGNORED, Batch, assemble, group
 
 torch.set_num_threads(1)
 

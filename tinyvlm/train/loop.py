@@ -27,7 +27,7 @@ from tinyvlm.train.features import FrozenTower
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
-from tinyvlm.train.packing import Batch, Sample, assemble, group
+from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.plan import Pack, Plan
 from tinyvlm.train.settings import TrainConfig
 
