@@ -15,7 +15,9 @@ from tiny_model import picture
 
 from tinyvlm import schema
 from tinyvlm.chat import check_pictures, check_turns
-from tinyvlm.data.prepare import Ledger, Prepare, PrepareConfig, messages_of
+from tinyvlm.data.conversations import messages_of
+from tinyvlm.data.prepare import Prepare, PrepareConfig
+from tinyvlm.data.prepare_report import Ledger
 from tinyvlm.data.sources import CAPTION_PROMPTS
 from tinyvlm.data.sources.easy_vqa import COLORS, SHAPES, EasyVQA, Question, read_facts
 from tinyvlm.errors import ConfigError, DataError

@@ -5,7 +5,8 @@
         stats.json, report.html     what a person looks at
         manifest.json               written last: its existence means finished
         lease-000001.json           who is writing (see lease.py)
-    {root}/latest/{stage}.json      which of several folders of a stage the last command made or confirmed
+    {root}/latest/{stage}.json      which of several folders of a stage the last command made or confirmed;
+                                    of `prepare`, one for each source: prepare.llava.json
 
 What runs a stage and fills its folder is in stage.py.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinyvlm import config as settings
@@ -177,7 +179,7 @@ def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
             return given
     again = f"`python -m ray_jobs.{stage_name}`"
     for root in inputs:
-        pointed = _pointed(root, stage_name)
+        pointed = _pointed(root, stage_name) or _only_source(root, stage_name, reader)
         if pointed is not None:
             if is_finished(pointed):
                 return pointed
@@ -199,6 +201,34 @@ def find_folder(inputs: Sequence[Path], stage_name: str, reader: str) -> Path:
     )
 
 
+def find_folders(inputs: Sequence[Path], stage_name: str, reader: str) -> list[Path]:
+    """The finished folders of a stage that makes one for each of its sources, in the order of their sources' names.
+
+    Args:
+        inputs: stage folders themselves, or roots; of a root those count that its pointers name.
+
+    Raises:
+        StageError: as `find_folder`.
+    """
+    own = [path for path in inputs if is_finished(path) and Manifest.read(path).stage == stage_name]
+    pointed = [
+        folder
+        for root in inputs
+        if root not in own
+        for name in sorted(storage.sizes(root / "latest"))
+        if re.fullmatch(rf"{re.escape(stage_name)}(\.[^/]+)?\.json", name)
+        and (folder := _pointed(root, name.removesuffix(".json"))) is not None
+    ]
+    for folder in pointed:
+        if not is_finished(folder):
+            again = f"`python -m ray_jobs.{stage_name}`"
+            raise StageError(
+                f"{reader} reads the folders of {stage_name!r}, but {folder} is gone or unfinished; run {again} again, "
+                f"or remove what points at it in {folder.parent / 'latest'}."
+            )
+    return list(dict.fromkeys([*own, *pointed])) or [find_folder(inputs, stage_name, reader)]
+
+
 def _pointed(root: Path, stage_name: str) -> Path | None:
     try:
         return root / str(json.loads(storage.read(root / "latest" / f"{stage_name}.json"))["folder"])
@@ -206,8 +236,20 @@ def _pointed(root: Path, stage_name: str) -> Path | None:
         return None  # no pointer, or a damaged one: the folders themselves decide
 
 
+def _only_source(root: Path, stage_name: str, reader: str) -> Path | None:
+    """What the pointer of a stage that makes a folder for each source points at, if there is one."""
+    names = [name.removesuffix(".json") for name in storage.sizes(root / "latest") if name.startswith(f"{stage_name}.")]
+    sources = sorted(name for name in names if name != stage_name)
+    if len(sources) > 1:
+        raise StageError(
+            f"{reader} reads one folder of {stage_name!r}, but {root} has {len(sources)} "
+            f"({', '.join(name.removeprefix(f'{stage_name}.') for name in sources)}); give one of them as --input."
+        )
+    return _pointed(root, sources[0]) if sources else None
+
+
 def point_latest(root: Path, stage_name: str, folder: Path) -> None:
-    """Note that `folder` is what the last command for this stage made or confirmed."""
+    """Note that `folder` is what the last command for this stage (`prepare`, or `prepare.llava`) made or confirmed."""
     if _pointed(root, stage_name) != root / folder.name:
         write_atomic(root / "latest" / f"{stage_name}.json", json.dumps({"folder": folder.name}))
 
@@ -290,10 +332,15 @@ def read_rows(path: str, offset: int, num_rows: int, columns: Sequence[str] | No
 
 
 def scan(folder: Path, columns: Sequence[str], *, only_ok: bool = False) -> Iterator[pa.Table]:
-    """The named columns of each finished part of a stage folder, one table a part."""
+    """The named columns of each finished part of a stage folder, a table a part; `a.list.element.b` is a column too."""
     for path in part_paths(folder):
-        filters = [("status", "=", schema.OK)] if only_ok else None
-        yield pq.read_table(storage.readable(path), columns=list(columns), filters=filters)
+        # Not read_table, which knows no columns inside of lists.
+        with pq.ParquetFile(storage.readable(path)) as file:
+            table = file.read([*columns, *(["status"] if only_ok else [])])
+        if only_ok:
+            table = table.filter(pc.equal(table["status"], schema.OK))
+        kept = dict.fromkeys(name.split(".")[0] for name in columns)
+        yield table.select(list(kept))
 
 
 def describe_part(path: Path) -> dict[str, Any]:

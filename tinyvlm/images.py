@@ -225,6 +225,14 @@ def finish(data: bytes, picture: PictureConfig, limits: LimitConfig, *, encode: 
     return Finished(jpeg, _format(image), width, height, fit, perceptual_hash(small))
 
 
+def is_finished(data: bytes, picture: PictureConfig) -> bool:
+    """Whether a file that can be decoded is a finished picture already: a plain JPEG of just that size."""
+    if sniff(data[:16]) != "JPEG":
+        return False
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size == (picture.size, picture.size) and image.mode == "RGB" and not image.getexif()
+
+
 @functools.cache
 def resizer() -> str:
     """What `finish` filters with: "cykooz-resizer", or "pillow" where that is missing or does not know this Pillow.

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
 from tinyvlm.errors import ConfigError
 
 FeatureStorage = Literal["float16", "int8", "fp8"]
+
+Family = Literal[
+    "caption", "classification", "vqa", "knowledge_vqa", "reasoning", "generation", "instruction", "multi_turn", "text"
+]
+Split = Literal["train", "validation", "test"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+"""Kinds of conversation.  `instruction`: one request about a picture of no kind of its own; `text`: no picture."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 OK = "ok"
 
@@ -58,8 +66,14 @@ STATUSES: dict[str, str] = {
     "placeholder.redirect": "many links were redirected to the same address",
     "placeholder.plain": "nearly one colour: there is nothing to see",
     "no_picture": "the conversation's picture is not in the input",
+    "bad_record": "the record is damaged, or lacks what its kind has",
+    "bad_turns": "the roles do not take turns, or the assistant does not have the last word",
+    "bad_count": "the text does not refer to each of its pictures once",
     "bad_text": "the conversation's text is empty or unusable",
     "too_long": "more tokens than the model may read",
+    "duplicate": "the same conversation stands in the input before",
+    "contaminated.same": "a picture of an evaluation set",
+    "contaminated.similar": "nearly a picture of an evaluation set",
     "internal_error": "our own failure on this row; the run went on",
 }
 """Every status that a row may have, and what it means.  What stands before a dot is its family."""
@@ -180,6 +194,7 @@ def encoded(num_tokens: int, width: int, storage: FeatureStorage = "float16") ->
         *_CARRIED,
         pa.field("image", pa.binary()),
         pa.field("sha256", pa.string()),
+        pa.field("phash", pa.uint64()),
         pa.field("similarity", pa.float32()),
         pa.field("reference", pa.string()),
         pa.field("encoder", pa.string()),
@@ -188,7 +203,21 @@ def encoded(num_tokens: int, width: int, storage: FeatureStorage = "float16") ->
     )
 
 
+RECORDS = _row(
+    pa.field("record", pa.string()),
+    pa.field("file", pa.string()),
+    pa.field("offset", pa.int64()),
+    pa.field("length", pa.int64()),
+    pa.field("meta", pa.string()),
+)
+"""Records of a dataset's files: as JSON in `record`, or where they lie, when they are long.
+
+There, `length` bytes at `offset` of `file` are the JSON, or, without a `length`, row `offset` is it.  `meta`: what the
+reader already found out about the record.
+"""
+
 _PART = pa.struct([pa.field("text", pa.string()), pa.field("image", pa.int32())])
+_IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("sha256", pa.string()), pa.field("phash", pa.uint64())])
 _MESSAGE = pa.struct([pa.field("role", pa.string(), False), pa.field("parts", pa.list_(_PART), False)])
 
 CONVERSATIONS = _row(
@@ -197,12 +226,14 @@ CONVERSATIONS = _row(
     pa.field("family", pa.string()),
     pa.field("split", pa.string()),
     pa.field("messages", pa.list_(_MESSAGE)),
-    pa.field("images", pa.list_(pa.struct([pa.field("bytes", pa.binary()), pa.field("sha256", pa.string())]))),
+    pa.field("images", pa.list_(_IMAGE)),
+    pa.field("tokens", pa.int32()),
     pa.field("meta", pa.string()),
 )
 """One conversation a row.  A part has `text` or `image` (an index into `images`), never both.
 
-`family`: caption, vqa, multi_turn or text.  `split`: train, validation or test.  `source_key`: the input row's key.
+`source_key`: the input row's key.  `source` may have a subset after a slash.  `images`: finished pictures; `sha256` and
+`phash` are of the picture as its source has it.  `tokens`: image tokens included; null where they were not counted.
 """
 
 ANSWERS = _row(

@@ -41,6 +41,10 @@ class Stage:
     """Parts that one worker has in hand at the same time, each in a thread of its own."""
     num_workers: int = 1
     """Workers that carry the stage out together; filled in by what runs it."""
+    pointer: str = ""
+    """What `latest/` calls the folder; "" means the stage's name."""
+    writing: Mapping[str, Any] = {}
+    """More options for pyarrow's `write_table`."""
     bytes_per_row: int = 20_000
     """Rough size of an output row, for the check of free disk before the start."""
     folders: Mapping[str, str] = {}

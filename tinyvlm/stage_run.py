@@ -90,7 +90,7 @@ class StageRun:
         """The manifest of a finished folder; also points `latest` at it."""
         manifest = Manifest.read(self.folder)
         self._refresh_report(manifest)
-        point_latest(self.root, self.stage.name, self.folder)
+        point_latest(self.root, self.stage.pointer or self.stage.name, self.folder)
         what = f"has no row left with status {', '.join(self.retry)}" if self.retry else "is finished already"
         log.info("%s %s, nothing to do: %s", self.stage.name, what, self.folder)
         return manifest
@@ -231,7 +231,7 @@ class StageRun:
         else:  # the old manifest names the old files, so the new one comes first and statistics look at what it names
             write_manifest(self.folder, manifest)
             self._refresh_report(manifest)
-        point_latest(self.root, self.stage.name, self.folder)
+        point_latest(self.root, self.stage.pointer or self.stage.name, self.folder)
         return manifest
 
     def _statistics(self, manifest: Manifest) -> dict[str, Any]:
@@ -281,7 +281,8 @@ class StageRun:
         out = pa.Table.from_arrays(out.columns, schema=self.stage.writes.with_metadata(footer)).combine_chunks()
         with storage.draft(self.folder / "data" / part.name_in(self.folder)) as draft:
             # Small pages: a few pictures out of a row group should not cost all of it.
-            draft.write_table(out, compression="zstd", row_group_size=1024, write_batch_size=32)
+            options = {"compression": "zstd", "row_group_size": 1024, "write_batch_size": 32, **self.stage.writing}
+            draft.write_table(out, **options)
             with draft.content() as content:
                 described = describe(content)
             # Between this check and the rename a new holder may appear; it then finds a whole and equal part.

@@ -137,7 +137,7 @@ class Encode(Stage):
     """Features and placeholder similarity of finished pictures."""
 
     name = "encode"
-    version = 3
+    version = 4
     reads = ("preprocess",)
     parts_at_once = 2
     """One is encoded while another is written."""
@@ -308,7 +308,7 @@ class Encode(Stage):
             [status for status, _ in given], [detail for _, detail in given], found.similarity, references, threshold
         )
         columns = {
-            **{name: rows[name] for name in ("key", "url", "caption", "meta", "image", "sha256")},
+            **{name: rows[name] for name in ("key", "url", "caption", "meta", "image", "sha256", "phash")},
             "status": statuses,
             "detail": details,
             "similarity": pa.array(found.similarity, mask=is_missing),

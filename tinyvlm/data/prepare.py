@@ -1,50 +1,76 @@
-"""The stage `prepare`: finished pictures and a source's words become conversations, one row each.
+"""The stage `prepare`: a dataset becomes conversations, one row each.
 
-    encode's rows (ok) ──reader of `source`──▶ dialogues ──▶ key = source_key × 1000 + n
-                                                             messages, the picture as JPEG bytes, split, family
+    finished pictures of the line ─┐                                    ┌▶ pictures finished (given_images.py)
+    records of a dataset's files  ─┴ source (data/sources) ─▶ dialogues ┴▶ checked (conversations.py), told from the
+                                                                           evaluation's (contamination.py) ─▶ rows
 
-Nothing is thrown away in silence: a picture that cannot be talked about leaves a row with its reason, and the
-statistics account for every question of the source's own list, also for those whose picture never arrived.
+Each source has a folder of its own; training mixes them.  Nothing is thrown away in silence: what cannot be trained on
+leaves a row with its reason.  Rows of a part lie by split, family and source, so that training reads few row groups
+that it does not want, and a picture that many rows show is stored once for a row group.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from tinyvlm import schema
+from tinyvlm import images, schema
+from tinyvlm.architecture import ModelConfig
 from tinyvlm.chat import Message, Picture
-from tinyvlm.data.samples import sheet_item
-from tinyvlm.data.sources import FAMILIES, SPLITS, Dialogue, Source, SourceRow
-from tinyvlm.errors import ConfigError, DataError
-from tinyvlm.folders import scan
+from tinyvlm.config import speed
+from tinyvlm.data import sources
+from tinyvlm.data.contamination import Evaluated
+from tinyvlm.data.conversations import check, to_columns
+from tinyvlm.data.decoding import Decoded
+from tinyvlm.data.given_images import GivenImages
+from tinyvlm.data.records import read_records
+from tinyvlm.data.sources import Dialogue, FileSource, PictureSource, SourceRow
+from tinyvlm.errors import ConfigError, DataError, InputError
 from tinyvlm.stage import Stage
+from tinyvlm.storage import address
 
 if TYPE_CHECKING:
+    from tinyvlm.model.processing import TinyVLMProcessor
     from tinyvlm.recipes import Recipe
 
 KEYS_PER_ROW = 1000
-"""How many conversations one picture may have; a conversation's key tells its picture's."""
+"""How many conversations one input row may have; a conversation's key tells its row's."""
 
-
-QUESTIONS = ("vqa", "multi_turn")
-"""Families in which the source's questions are asked about a picture."""
+SourceName = Literal["captions", "easy_vqa"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What is said about each picture, and what is held out."""
+    """What is read, what is said about each picture, and what is held out."""
 
-    source: Literal["captions", "easy_vqa"] = "captions"
+    source: SourceName = "captions"
     """`captions`: the link list's own words; `easy_vqa`: the questions of that package."""
+    name: str = ""
+    """What the rows and the mixtures call this source; "" means as `source`."""
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of a picture's name in the records → the folder that has such pictures; "" stands for all others."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field that the source wants → what the files call it."""
+    known: tuple[str, ...] = ()
+    """Files of the same kind whose records count as duplicates: conversations that another source has already."""
+    evaluation: tuple[str, ...] = ()
+    """Places with pictures of evaluation sets (folders, tars, Parquet, datasets on the hub): no training on those."""
+    limit: int | None = None
+    """How many records are used at most, from the start; None: all."""
+    rows_per_part: int = 2_000
+    """Records that are worked on together, written together, and lost together in a crash."""
+    max_tokens: int = 0
+    """Longer conversations are set aside as `too_long`; 0: none are.  No answer is ever cut."""
+    count_tokens: bool = True
+    """Count each conversation's tokens with the recipe's tokenizer; False where that cannot be had."""
     captions_per_picture: int = 1
     singles_per_picture: int = 4
     """Training conversations of a single question; test pictures always get all of theirs."""
@@ -53,8 +79,11 @@ class PrepareConfig:
     text_only_share: float = 0.1
     """Share of pictures about which one question is also asked in words alone, 0 … 1."""
     validation_share: float = 0.001
-    """Share of training pictures held out, by a hash of the picture, 0 … 1."""
+    """Share of training conversations held out, 0 … 1, by a hash of their pictures (or words, without any)."""
     seed: int = 0
+    decode_processes: int = speed(1)
+    """Decoder processes of each worker; as `download.decode_processes`."""
+    decode_timeout_s: float = speed(20.0)
 
     def __post_init__(self) -> None:
         for name in ("captions_per_picture", "singles_per_picture", "turns_per_conversation"):
@@ -63,129 +92,215 @@ class PrepareConfig:
         for name in ("text_only_share", "validation_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"prepare.{name} is {getattr(self, name)}; a share lies between 0 and 1.")
+        if self.rows_per_part < 1 or self.max_tokens < 0 or (self.limit is not None and self.limit < 1):
+            raise ConfigError(
+                f"prepare.limit and prepare.rows_per_part want at least 1 and prepare.max_tokens at least 0, got "
+                f"{self.limit}, {self.rows_per_part} and {self.max_tokens}."
+            )
+        if self.max_tokens and not self.count_tokens:
+            raise ConfigError("prepare.max_tokens wants tokens counted; set prepare.count_tokens=true.")
+        if not self.called.replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"prepare.name is {self.name!r}; use letters, digits, - and _.")
+
+    @property
+    def called(self) -> str:
+        """The source's name in rows, mixtures and pointers."""
+        return self.name or self.source
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """The settings that decide what the `records` folder holds."""
+        return {name: getattr(self, name) for name in ("source", "columns", "known", "limit", "rows_per_part")}
 
 
 class Prepare(Stage):
-    """Turns pictures into conversations.  `source` stands in for the configured reader in tests."""
+    """Turns records and pictures into conversations.  `source` stands in for the configured reader in tests."""
 
     name = "prepare"
-    reads = ("encode",)
+    version = 2
     fan_out = True
     bytes_per_row = 60_000
     writes = schema.CONVERSATIONS
+    # The picture of several rows is stored once for a row group, however large its pages get.
+    writing = {"dictionary_pagesize_limit": 1 << 30}  # noqa: RUF012
 
-    def __init__(self, config: PrepareConfig, source: Source | None = None) -> None:
-        self.settings = config
+    def __init__(
+        self,
+        config: PrepareConfig,
+        source: PictureSource | FileSource | None = None,
+        *,
+        picture: images.PictureConfig | None = None,
+        limits: images.LimitConfig | None = None,
+        model: ModelConfig | None = None,
+    ) -> None:
+        """`model`: whose tokens are counted; None: nobody's."""
+        self.config = config
         self.source = source or open_source(config)
+        self.picture, self.limits = picture or images.PictureConfig(), limits or images.LimitConfig()
+        self.model = model if config.count_tokens else None
+        self.pointer = f"{self.name}.{config.called}"
+        self.reads = ("records",) if isinstance(self.source, FileSource) else ("encode",)
+        counted = (self.model.tokenizer or self.model.language, self.model.num_image_tokens) if self.model else None
+        self.settings = {"prepare": config, "tokens": counted}
+        if isinstance(self.source, FileSource):
+            self.settings |= {"picture": self.picture.stored, "limits": self.limits, "resizer": images.resizer()}
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Prepare:
         """The stage with a recipe's settings."""
-        return cls(recipe.prepare)
+        return cls(recipe.prepare, picture=recipe.picture, limits=recipe.limits, model=recipe.model)
+
+    def reading(self, stage_name: str) -> Prepare:
+        """The same stage over the pictures of another one: `preprocess`."""
+        other = copy.copy(self)
+        other.reads = (stage_name,)
+        return other
 
     def check(self) -> None:
-        """The source can be read."""
-        self.source.num_questions()
+        """The source can be read, and so can the tokenizer."""
+        if not isinstance(self.source, FileSource):
+            self.source.num_questions()
+        _ = self._processor
+
+    def select(self, rows: pa.Table) -> pa.Table:
+        """Of the line's pictures the usable ones; of records all, so that bad ones are seen in the outcome too."""
+        return rows if "record" in rows.column_names else super().select(rows)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Map pictures to conversations, in the order of the input."""
-        made: list[dict[str, Any]] = []
-        wanted = rows.select(["key", "caption", "meta", "image"])
-        for row in wanted.to_pylist():
-            made += self._conversations(row)
+        """Map input rows to conversations."""
+        images.quiet_pillow()
+        given = self._of_records(rows) if "record" in rows.column_names else self._of_pictures(rows)
+        made = [self._row(key, number, one, shown) for key, number, one, shown in given]
+        made.sort(key=_order)
         return pa.Table.from_pylist(made, schema=self.writes)
 
-    def _conversations(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        key = int(row["key"])
+    def statistics(self, folder: Path) -> dict[str, Any]:
+        """Conversations by source, family and split, their lengths, what was set aside, and examples."""
+        from tinyvlm.data.prepare_report import prepare_statistics
+
+        in_source = {} if isinstance(self.source, FileSource) else self.source.num_questions()
+        return prepare_statistics(folder, in_source)
+
+    def close(self) -> None:
+        """End the decoder processes."""
+        running: GivenImages | None = self.__dict__.pop("_images", None)
+        if running is not None:
+            running.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_images", "_processor", "_evaluated")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    @cached_property
+    def _images(self) -> GivenImages:
+        config = self.config
+        return GivenImages(config.images, self.picture, self.limits, config.decode_processes, config.decode_timeout_s)
+
+    @cached_property
+    def _processor(self) -> TinyVLMProcessor | None:
+        if self.model is None:
+            return None
+        from tinyvlm.model.build import build_processor
+
+        return build_processor(self.model, self.picture)
+
+    @cached_property
+    def _evaluated(self) -> Evaluated:
+        place = self.folders.get("evaluation")
+        return Evaluated.read(address(place)) if place else Evaluated()
+
+    def _of_pictures(self, rows: pa.Table) -> Iterator[tuple[int, int, Dialogue, list[Decoded]]]:
+        """(input key, number, dialogue, its pictures) from rows of finished pictures."""
+        assert not isinstance(self.source, FileSource)
+        wanted = [name for name in ("key", "caption", "meta", "image", "sha256", "phash") if name in rows.column_names]
+        for row in rows.select(wanted).to_pylist():
+            said = self.source.dialogues(SourceRow(row["key"], row["caption"], _parse(row["meta"])))
+            sha256 = row.get("sha256") or hashlib.sha256(row["image"]).hexdigest()
+            picture = Decoded(status=schema.OK, image=row["image"], sha256=sha256, phash=row.get("phash"))
+            for number, one in enumerate(_some(said)):
+                shows = any(isinstance(part, Picture) for message in one.messages for part in message.parts)
+                yield row["key"], number, check(one, int(shows)), [picture] if shows else []
+
+    def _of_records(self, rows: pa.Table) -> Iterator[tuple[int, int, Dialogue, list[Decoded]]]:
+        """The same from records."""
+        assert isinstance(self.source, FileSource)
+        told: list[tuple[int, int, Dialogue]] = []
+        listed = rows.select(["key", "status", "detail", "meta"]).to_pylist()
+        for row, record in zip(listed, read_records(rows, self.config.columns), strict=True):
+            said = _some(self._said(row, record))
+            told += [(row["key"], number, check(one, len(one.images))) for number, one in enumerate(said)]
+        usable = [image for _, _, one in told if one.status == schema.OK for image in one.images]
+        finished = self._images.finish(usable)
+        for key, number, one in told:
+            shown = [finished[image] for image in one.images] if one.status == schema.OK else []
+            bad = next((image for image in shown if image.status != schema.OK), None)
+            if bad is not None:
+                one = replace(one, status=bad.status, detail=bad.detail)
+            yield key, number, one, shown
+
+    def _said(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> Sequence[Dialogue]:
+        assert isinstance(self.source, FileSource)
+        about = _parse(row["meta"])
+        if row["status"] != schema.OK:
+            family, split = about.get("family", "instruction"), about.get("split", "train")
+            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"])]
+        try:
+            return self.source.dialogues(record, about)
+        except Exception as error:  # a reader that stumbles over somebody's record costs a row, not the run
+            detail = f"{type(error).__name__}: {error}"[:200]
+            return [Dialogue("instruction", "train", (), status="internal_error", detail=detail)]
+
+    def _row(self, key: int, number: int, one: Dialogue, shown: list[Decoded]) -> dict[str, Any]:
         if not 0 <= key < 2**63 // KEYS_PER_ROW - 1:
             raise DataError(f"Row {key}: keys must lie between 0 and {2**63 // KEYS_PER_ROW - 1} to be talked about.")
-        meta = _parse(row["meta"])
-        dialogues = self.source.dialogues(SourceRow(key, row["caption"], meta))[:KEYS_PER_ROW]
-        if not dialogues:
-            dialogues = [Dialogue("caption", "train", (), status="bad_text", detail="the settings ask for no words")]
-        picture = {"bytes": row["image"], "sha256": hashlib.sha256(row["image"]).hexdigest()}
-        return [
-            {
-                "key": key * KEYS_PER_ROW + number,
-                "status": dialogue.status,
-                "detail": dialogue.detail,
-                "source_key": key,
-                "source": self.source.name,
-                "family": dialogue.family,
-                "split": dialogue.split,
-                "messages": [_message(message) for message in dialogue.messages],
-                "images": [picture] if any(_shows_picture(message) for message in dialogue.messages) else [],
-                "meta": json.dumps(dialogue.meta, separators=(",", ":")),
-            }
-            for number, dialogue in enumerate(dialogues)
-        ]
-
-    def statistics(self, folder: Path) -> dict[str, Any]:
-        """Conversations per family and split, the account of all questions, answers, and examples."""
-        counted: Counter[tuple[str, str]] = Counter()
-        answers: Counter[str] = Counter()
-        ledger = Ledger(self.source.num_questions())
-        num_pictures = 0
-        for table in scan(folder, ("source_key", "family", "split", "messages", "meta"), only_ok=True):
-            counted.update(zip(table["family"].to_pylist(), table["split"].to_pylist(), strict=True))
-            num_pictures += len(pc.unique(table["source_key"]))
-            ledger.enter(table["family"].to_pylist(), table["meta"].to_pylist())
-            asked = pc.and_(pc.is_in(table["family"], pa.array(QUESTIONS)), pc.not_equal(table["split"], "test"))
-            for column in table["messages"].filter(asked).to_pylist():
-                answers.update(message.text for message in messages_of(column) if message.role == "assistant")
-        present = [(family, split) for family in FAMILIES for split in SPLITS if counted[family, split]]
+        if one.status == schema.OK and one.split != "test":
+            found = self._evaluated.find(shown)
+            one = replace(one, status=found[0], detail=found[1]) if found else one
+        num_tokens = None
+        if one.status == schema.OK:
+            one, num_tokens = self._measured(one)
+        is_usable = one.status == schema.OK
         return {
-            "conversations": {family: {split: counted[family, split] for split in SPLITS} for family in FAMILIES},
-            "num_pictures": num_pictures,
-            "questions": ledger.account(),
-            "charts": [
-                _bars("Conversations", [(f"{family}, {split}", counted[family, split]) for family, split in present]),
-                _bars("Answers in training", answers.most_common(24)),
+            "key": key * KEYS_PER_ROW + number,
+            "status": one.status,
+            "detail": one.detail,
+            "source_key": key,
+            "source": f"{self.config.called}/{one.subset}" if one.subset else self.config.called,
+            "family": one.family,
+            "split": self._split(one, shown) if is_usable else one.split,
+            "messages": to_columns(one.messages),
+            "images": [
+                {"bytes": image.image if is_usable else None, "sha256": image.sha256, "phash": image.phash}
+                for image in shown
             ],
-            **_examples(folder),
+            "tokens": num_tokens,
+            "meta": json.dumps(one.meta, ensure_ascii=False, separators=(",", ":"), default=str)
+            .encode("utf-8", "replace")
+            .decode(),
         }
 
+    def _measured(self, one: Dialogue) -> tuple[Dialogue, int | None]:
+        if self._processor is None:
+            return one, None
+        try:
+            ids, _ = self._processor.tokens(one.messages, _num_pictures(one.messages))
+        except InputError as error:
+            return replace(one, status="bad_text", detail=str(error)), None
+        if self.config.max_tokens and len(ids) > self.config.max_tokens:
+            detail = f"{len(ids)} tokens, {self.config.max_tokens} allowed"
+            return replace(one, status="too_long", detail=detail), len(ids)
+        return one, len(ids)
 
-class Ledger:
-    """Where each question of the source's own list has gone.
-
-    Args:
-        in_source: split of the data set → picture → how many questions it has.
-    """
-
-    def __init__(self, in_source: Mapping[str, Mapping[int, int]]) -> None:
-        self._in_source = in_source
-        self._asked: dict[str, set[int]] = {split: set() for split in in_source}
-        self._arrived: dict[str, set[int]] = {split: set() for split in in_source}
-
-    def enter(self, families: Sequence[str], metas: Sequence[str | None]) -> None:
-        """Note usable conversations."""
-        if not self._in_source:
-            return
-        for family, text in zip(families, metas, strict=True):
-            meta = _parse(text)
-            if meta.get("set") in self._asked:
-                self._arrived[meta["set"]].add(meta["image_id"])
-                if family in QUESTIONS:
-                    self._asked[meta["set"]].update(meta["questions"])
-
-    def account(self) -> dict[str, dict[str, int]]:
-        """`prepared` + `not_drawn` (left out by the settings) + `picture_missing` = `in_source`, for each split."""
-        told = {}
-        for split, pictures in self._in_source.items():
-            missing = {picture: number for picture, number in pictures.items() if picture not in self._arrived[split]}
-            total, prepared = sum(pictures.values()), len(self._asked[split])
-            told[split] = {
-                "in_source": total,
-                "prepared": prepared,
-                "not_drawn": total - sum(missing.values()) - prepared,
-                "picture_missing": sum(missing.values()),
-                "pictures_missing": len(missing),
-            }
-        return told
+    def _split(self, one: Dialogue, shown: Sequence[Decoded]) -> schema.Split:
+        """Training conversations that are held out: by what they are about, so that no picture is on both sides."""
+        if one.split != "train":
+            return one.split
+        pictures = "".join(sorted(image.sha256 or "" for image in shown))
+        by = one.held_out_by or pictures or "\n".join(message.text for message in one.messages)
+        return "validation" if sources.share("held out", by) < self.config.validation_share else "train"
 
 
-def open_source(config: PrepareConfig) -> Source:
+def open_source(config: PrepareConfig) -> PictureSource | FileSource:
     """The reader that the settings name."""
     if config.source == "easy_vqa":
         from tinyvlm.data.sources.easy_vqa import EasyVQA
@@ -196,48 +311,25 @@ def open_source(config: PrepareConfig) -> Source:
     return Captions(config)
 
 
-def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    labels, values = [name for name, _ in counted], [number for _, number in counted]
-    return {"kind": "bar", "title": title, "labels": labels, "values": values}
+def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
+    told = list(dialogues)[:KEYS_PER_ROW]
+    return told or [Dialogue("caption", "train", (), status="bad_text", detail="the settings ask for no words")]
 
 
-def _examples(folder: Path, per_family: int = 6) -> dict[str, Any]:
-    """A few conversations of each family: with their pictures, or as text where there is none."""
-    items: list[dict[str, str]] = []
-    texts: list[dict[str, str]] = []
-    for table in scan(folder, ("family", "messages", "images"), only_ok=True):
-        for family in FAMILIES:
-            for row in table.filter(pc.equal(table["family"], family)).slice(0, per_family).to_pylist():
-                words = " / ".join(message.text for message in messages_of(row["messages"]))
-                if row["images"]:
-                    items.append(sheet_item(f"{family}: {words}", row["images"][0]["bytes"]))
-                else:
-                    texts.append({"family": family, "words": words})
-        break
-    return {"text_examples": texts, "pictures": {"title": "Examples", "items": items}}
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    picture = row["images"][0]["sha256"] or "" if row["images"] else ""
+    return (
+        row["status"] != schema.OK,
+        schema.SPLITS.index(row["split"]),
+        schema.FAMILIES.index(row["family"]),
+        row["source"],
+        picture,
+        row["key"],
+    )
 
 
-def messages_of(column: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The `messages` column of one row as messages."""
-    return [
-        Message(
-            message["role"],
-            tuple(part["text"] if part["image"] is None else Picture(part["image"]) for part in message["parts"]),
-        )
-        for message in column
-    ]
-
-
-def _message(message: Message) -> dict[str, Any]:
-    parts = [
-        {"text": None, "image": part.index} if isinstance(part, Picture) else {"text": part, "image": None}
-        for part in message.parts
-    ]
-    return {"role": message.role, "parts": parts}
-
-
-def _shows_picture(message: Message) -> bool:
-    return any(isinstance(part, Picture) for part in message.parts)
+def _num_pictures(messages: Sequence[Message]) -> int:
+    return sum(isinstance(part, Picture) for message in messages for part in message.parts)
 
 
 def _parse(meta: str | None) -> dict[str, Any]:

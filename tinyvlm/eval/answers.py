@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from tinyvlm import config as settings_of
 from tinyvlm import schema
 from tinyvlm.chat import Message
-from tinyvlm.data.prepare import messages_of
+from tinyvlm.data.conversations import messages_of
 from tinyvlm.errors import ConfigError, InputError
 from tinyvlm.eval.vqa import is_right
 from tinyvlm.images import ImageError

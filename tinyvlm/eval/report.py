@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tinyvlm import schema
-from tinyvlm.data.prepare import messages_of
+from tinyvlm.data.conversations import messages_of
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.eval.captions import cider, corpus_bleu, mean_published_bleu, rouge_l
 from tinyvlm.eval.vqa import BlindGuesser, is_right, normalise

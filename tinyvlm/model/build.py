@@ -47,9 +47,8 @@ def build(
     vision = _load_part(CLIPVisionModel, config.vision, "vision tower")
     language = _load_part(LlamaForCausalLM, config.language, "language model")
     _check_tower(vision.config, picture, config.num_image_tokens)
-    tokenizer = _load_tokenizer(config.tokenizer or config.language)
-    _fit_vocabulary(language, len(tokenizer))
-    processor = TinyVLMProcessor(tokenizer, picture, config.num_image_tokens)
+    processor = build_processor(config, picture)
+    _fit_vocabulary(language, len(processor.tokenizer))
     whole = TinyVLMConfig(
         vision_config=vision.config,
         text_config=language.config,
@@ -67,6 +66,15 @@ def build(
     model.generation_config = _generation_config(processor)
     whole.dtype = torch.float32
     return model.eval(), processor
+
+
+def build_processor(config: ModelConfig, picture: PictureConfig) -> TinyVLMProcessor:
+    """The processor of such a model; reads the tokenizer alone.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be loaded.
+    """
+    return TinyVLMProcessor(_load_tokenizer(config.tokenizer or config.language), picture, config.num_image_tokens)
 
 
 def load(

@@ -36,7 +36,7 @@ from tinyvlm.data.pictures.tars import Tars
 from tinyvlm.errors import DataError
 from tinyvlm.folders import Input, is_finished, point_latest
 
-__all__ = ["STAGE", "PicturesConfig", "find_sources", "open_pictures", "stage_given"]
+__all__ = ["STAGE", "PicturesConfig", "find_sources", "listed", "open_pictures", "stage_given"]
 
 STAGE = "pictures"
 VERSION = 1
@@ -66,7 +66,7 @@ def open_pictures(places: Sequence[str], config: PicturesConfig, root: Path) -> 
     )
     folder = listing.folder(root)
     if not is_finished(folder):
-        make_folder(listing, root, cut(_tables(sources, config), config.rows_per_part), partial(_close, sources))
+        make_folder(listing, root, cut(listed(sources, config), config.rows_per_part), partial(_close, sources))
     point_latest(folder.parent, STAGE, folder)
     return stage.open_input(_Reader(), [folder])
 
@@ -172,7 +172,7 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: match.start()] + filled + pattern[match.end() :])
 
 
-def _tables(sources: Sequence[Source], config: PicturesConfig) -> Iterator[pa.Table]:
+def listed(sources: Sequence[Source], config: PicturesConfig) -> Iterator[pa.Table]:
     """Rows of `schema.PICTURES`, a little at a time."""
     found = itertools.islice(itertools.chain.from_iterable(sources), config.limit)
     names = [name for name in schema.PICTURES.names if name != "key"]

@@ -1,25 +1,27 @@
 """Where conversations come from: one reader per dataset, all with the same face.
 
-    input row (key, caption, meta) ──Source.dialogues──▶ Dialogue, Dialogue, …      (prepare.py makes rows of them)
+    a record of the dataset ──Source.dialogues──▶ Dialogue, Dialogue, …      (prepare.py makes rows of them)
 
-A reader is given one finished picture's row at a time and says what is talked about it.  Every choice (wording, order,
-split) is drawn by a hash of the row, never by a random generator's mood, so the same row always says the same.
+There are two kinds.  A `PictureSource` is given one finished picture's row of the line at a time and says what is
+talked about it.  A `FileSource` reads files of its own: `outline` looks at each record once while they are listed
+(data/records.py), and `dialogues` turns one record into conversations, in the workers.
+
+Every choice (wording, order, split) is drawn by a hash of the row, never by a random generator's mood, so the same row
+always says the same.  A record that cannot be used raises nothing: it becomes a Dialogue with the reason as its status.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from tinyvlm import schema
 from tinyvlm.chat import Message
-
-Family = Literal["caption", "vqa", "multi_turn", "text"]
-Split = Literal["train", "validation", "test"]
-FAMILIES: tuple[Family, ...] = ("caption", "vqa", "multi_turn", "text")
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+from tinyvlm.errors import DataError
+from tinyvlm.schema import Family, Split
 
 CAPTION_PROMPTS = (
     "Describe this image.",
@@ -45,6 +47,9 @@ CAPTION_PROMPTS = (
 )
 """The twenty prompts of the published system."""
 
+GivenImage = bytes | str
+"""A picture as a record gives it: a file's bytes, or the name of a file (`prepare.images` says where those are)."""
+
 
 @dataclass(frozen=True)
 class Dialogue:
@@ -53,9 +58,16 @@ class Dialogue:
     family: Family
     split: Split
     messages: tuple[Message, ...]
+    images: tuple[GivenImage, ...] = ()
+    """The pictures that the messages' `Picture(0)`, `Picture(1)`, … are; a `PictureSource` leaves its row's out."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     status: str = schema.OK
     detail: str | None = None
+    subset: str = ""
+    """Which part of the source it is of; the row's `source` is then `name/subset`."""
+    held_out_by: str = ""
+    """Conversations with an equal one are on the same side of the held-out split; "": the hash of the pictures, or
+    of the words where there are none."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,8 @@ class SourceRow:
     meta: Mapping[str, Any]
 
 
-class Source(Protocol):
-    """A reader.  Heavy files are read on first use."""
+class PictureSource(Protocol):
+    """A reader of finished pictures' rows.  Heavy files are read on first use."""
 
     name: str
 
@@ -79,10 +91,91 @@ class Source(Protocol):
         """Split of the data set → picture → how many questions it has, asked or not; empty when there is no list."""
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is found out about a record while the records are listed."""
+
+    together: str | None = None
+    """Records with an equal one are written together, so that a picture that they share is stored once."""
+    same: str | None = None
+    """Of records with an equal one only the first is used; the others end as `duplicate`."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Given to `dialogues` with the record; JSON."""
+    status: str = schema.OK
+    detail: str | None = None
+
+
+class FileSource:
+    """Reads records from files.  Subclasses set the attributes and define `dialogues`; the constructor is light."""
+
+    name: str
+    """As `prepare.source` names it."""
+    suffixes: tuple[str, ...] = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
+    """Files that are read; in a folder others are passed over."""
+    required: tuple[str, ...] = ()
+    """Fields without which a file is not of this kind; the first record of each file is asked."""
+    keeps_order: bool = False
+    """True: records lie in the files' order, and `Outline.together` is not used."""
+
+    def choose(self, files: Sequence[str]) -> Sequence[str]:
+        """Of the files found at the given places those to read, in order."""
+        return files
+
+    def records(self, files: Sequence[str], rows: RowReader) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+        """(file, place in it, record) of each; a source that joins files has a way of its own.
+
+        `place`: None for a record that was put together and lies nowhere as it is.
+        """
+        for file in files:
+            for place, record in rows(file):
+                yield file, place, record
+
+    def outline(self, record: Mapping[str, Any], file: str) -> Outline:
+        """What is known about a record without its pictures being looked at."""
+        return Outline()
+
+    def dialogues(self, record: Mapping[str, Any], about: Mapping[str, Any]) -> Sequence[Dialogue]:
+        """The conversations of a record; at least one, with a status when nothing can be said.
+
+        Anything in the record may be missing, empty or of a wrong type.
+        """
+        raise NotImplementedError
+
+    def account(self) -> Mapping[str, Any]:
+        """What `records` wants to say when it is through (rows joined, checksums); goes into the listing's report."""
+        return {}
+
+
+class RowReader(Protocol):
+    """Reads the records of a file, each with its place."""
+
+    def __call__(self, file: str) -> Iterable[tuple[Any, Mapping[str, Any]]]: ...
+
+
+def require_fields(record: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Raises DataError when a field is missing, naming it and those that are there."""
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise DataError(
+            f"{where} has no field {missing[0]!r}; it has {', '.join(map(str, record)) or 'none'}. "
+            "Is prepare.source the right one?  A field with another name is told by, for example, "
+            f'--set prepare.columns=\'{{"{missing[0]}": "its name"}}\'.'
+        )
+
+
+def text_of(value: Any) -> str:
+    """A field's words: "" for what is missing or not a number, never "None" or "nan"; numbers as they are written."""
+    if value is None or isinstance(value, (list, dict, bytes)) or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).encode("utf-8", "replace").decode().strip()
+
+
 def drawn(*parts: object) -> int:
     """A 64-bit number drawn from `parts` by hashing: the same on every machine and in every run."""
     text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
 
 
 def share(*parts: object) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tinyvlm.chat import Message, Picture
-from tinyvlm.data.sources import CAPTION_PROMPTS, Dialogue, SourceRow, Split, drawn, share
+from tinyvlm.data.sources import CAPTION_PROMPTS, Dialogue, SourceRow, drawn
 
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
@@ -29,9 +29,8 @@ class Captions:
 
     def dialogues(self, row: SourceRow) -> Sequence[Dialogue]:
         """One caption conversation, or its reason why not."""
-        split: Split = "validation" if share("held out", row.key) < self.config.validation_share else "train"
         caption = (row.caption or "").strip()
         if not caption:
-            return [Dialogue("caption", split, (), status="bad_text", detail="the link list has no caption for it")]
+            return [Dialogue("caption", "train", (), status="bad_text", detail="the link list has no caption for it")]
         prompt = CAPTION_PROMPTS[drawn("prompt", row.key, self.config.seed) % len(CAPTION_PROMPTS)]
-        return [Dialogue("caption", split, (Message("user", (Picture(0), prompt)), Message("assistant", (caption,))))]
+        return [Dialogue("caption", "train", (Message("user", (Picture(0), prompt)), Message("assistant", (caption,))))]

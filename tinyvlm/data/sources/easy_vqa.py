@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from tinyvlm.chat import Message, Picture
-from tinyvlm.data.sources import CAPTION_PROMPTS, Dialogue, SourceRow, Split, drawn, share
+from tinyvlm.data.sources import CAPTION_PROMPTS, Dialogue, SourceRow, drawn, share
 from tinyvlm.errors import ConfigError
+from tinyvlm.schema import Split
 
 if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
@@ -157,12 +158,12 @@ class EasyVQA:
             made = [*self._singles(questions, "test"), *self._captions(read_facts(questions).thing, "test", image_id)]
         else:
             made = list(self._training(questions, image_id))
-        return [Dialogue(d.family, d.split, d.messages, {**place, **d.meta}, d.status, d.detail) for d in made]
+        return [replace(one, meta={**place, **one.meta}, held_out_by=str(image_id)) for one in made]
 
     def _training(self, questions: Sequence[Question], image_id: int) -> Iterator[Dialogue]:
-        """A training picture's talks; whole pictures are held out for validation, never single questions."""
+        """A training picture's talks; whole pictures are held out (by `prepare`), never single questions."""
         config = self.config
-        split: Split = "validation" if share("held out", image_id) < config.validation_share else "train"
+        split: Split = "train"
         mixed = sorted(questions, key=lambda question: drawn(config.seed, "order", image_id, question.number))
         thing = read_facts(questions).thing
         yield from self._captions(thing, split, image_id)
@@ -171,12 +172,12 @@ class EasyVQA:
         if thing and share(config.seed, "text only", image_id) < config.text_only_share:
             question = mixed[drawn(config.seed, "asked in text", image_id) % len(mixed)]
             scene = SCENES[drawn(config.seed, "scene", image_id) % len(SCENES)].format(thing=thing)
-            yield Dialogue("text", split, _turn(f"{scene} {question.text}", question.answer), _meta([question]))
+            yield Dialogue("text", split, _turn(f"{scene} {question.text}", question.answer), meta=_meta([question]))
 
     def _singles(self, questions: Sequence[Question], split: Split) -> Iterator[Dialogue]:
         for question in questions:
             messages = _turn(question.text, question.answer, with_picture=True)
-            yield Dialogue("vqa", split, messages, _meta([question]))
+            yield Dialogue("vqa", split, messages, meta=_meta([question]))
 
     def _talks(self, questions: Sequence[Question], split: Split) -> Iterator[Dialogue]:
         """All questions once, in talks of nearly equal length, at most `turns_per_conversation` turns each."""
@@ -185,7 +186,7 @@ class EasyVQA:
         for talk in range(num_talks):
             asked = questions[talk::num_talks]
             turns = [_turn(q.text, q.answer, with_picture=position == 0) for position, q in enumerate(asked)]
-            yield Dialogue("multi_turn", split, tuple(m for turn in turns for m in turn), _meta(asked))
+            yield Dialogue("multi_turn", split, tuple(m for turn in turns for m in turn), meta=_meta(asked))
 
     def _captions(self, thing: str | None, split: Split, image_id: int) -> Iterator[Dialogue]:
         for number in range(1 if split == "test" else self.config.captions_per_picture):
@@ -197,7 +198,7 @@ class EasyVQA:
             prompt = CAPTION_PROMPTS[drawn("prompt", split, image_id, self.config.seed, number) % len(CAPTION_PROMPTS)]
             references = [wording.format(thing=thing) for wording in CAPTIONS]
             meta = {"references": references} if split == "test" else {}
-            yield Dialogue("caption", split, _turn(prompt, references[chosen], with_picture=True), meta)
+            yield Dialogue("caption", split, _turn(prompt, references[chosen], with_picture=True), meta=meta)
 
 
 def _turn(asked: str, answered: str, *, with_picture: bool = False) -> tuple[Message, ...]:
