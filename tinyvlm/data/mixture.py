@@ -38,7 +38,7 @@ class MixtureConfig:
     budgets: Mapping[str, int] = field(default_factory=dict)
     """Entry → samples an epoch, exactly."""
     samples: int = 0
-    """Samples an epoch over all entries, exactly: weights then say how what budgets leave is shared.  0: no such limit."""
+    """Samples an epoch in all, exactly: weights then say how to share what budgets leave.  0: no such limit."""
 
     def __post_init__(self) -> None:
         names = [*self.weights, *self.budgets]
@@ -241,17 +241,25 @@ def table(chosen: Sequence[Quota], seen: Mapping[Kind, Sequence[int]]) -> list[d
 
 
 def remarks(chosen: Sequence[Quota]) -> list[str]:
-    """What a person should know before the work starts: what is seen more than once, and what not at all."""
+    """What a person should know before the work starts: what is seen more than once an epoch, and what not at all."""
     said = []
     for quota in chosen:
-        name, per_epoch = "/".join(quota.kind), quota.samples / max(1, quota.usable)
-        if per_epoch > 1:
-            said.append(
-                f"upsampled: {name} has {quota.usable:,} conversations and is seen {quota.samples:,} times an epoch "
-                f"(×{per_epoch:.3g})"
-            )
+        name, there = "/".join(quota.kind), f"{quota.usable:,} conversations"
+        if quota.samples > quota.usable:
+            times = quota.samples / quota.usable
+            said.append(f"upsampled: {name} is seen {times:.3g} times an epoch ({there}, {quota.samples:,} samples)")
         elif not quota.entry:
-            said.append(f"left out: no entry of the mixture names {name} ({quota.usable:,} conversations)")
+            said.append(f"left out: no entry of the mixture names {name} ({there})")
         elif not quota.samples:
-            said.append(f"not seen: {quota.entry} takes none of {name} ({quota.usable:,} usable conversations)")
+            said.append(f"not seen: {quota.entry} takes nothing of {name} ({there} usable)")
     return said
+
+
+def lines(kinds: Sequence[Mapping[str, Any]], said: Sequence[str]) -> list[str]:
+    """A plan's mixture (`table`) and its remarks, for a log."""
+    counts = [
+        f"{kind['source']}/{kind['family']}: {kind['samples']:,} samples of {kind['usable']:,} conversations"
+        for kind in kinds
+        if kind["samples"]
+    ]
+    return [*counts, *said]

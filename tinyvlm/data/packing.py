@@ -3,9 +3,9 @@
     samples of a window, shuffled ──▶ the longest first, some in their order, the last ones by best fit ──▶ full packs
                                       └── the few that would not fill packs well wait for the next window
 
-Filling a pack is a knapsack with two limits.  Long samples open packs while there are short ones to keep them company;
-the middle is drawn in the shuffled order; from a few samples' room on, the longest that fits is taken, so that hardly a
-token is left.  The longest that fits is one operation on an integer whose bit n says that a sample of n tokens is there.
+Filling a pack is a knapsack with two limits.  Long samples open packs while there are short ones to keep them
+company; the middle is drawn in the shuffled order; from a few samples' room on, the longest that fits is taken, so that
+hardly a token is left.  Finding it is one operation on an integer whose bit n says that a sample of n tokens is there.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import torch
 
 from tinyvlm.errors import DataError
+from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
-from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.plan import Pack, Plan
 from tinyvlm.train.settings import TrainConfig
 
@@ -37,6 +37,9 @@ class Source(Protocol):
 
     def load(self, pack: Pack) -> Sequence[Sample]:
         """The samples of a pack."""
+
+    def account(self) -> dict[str, int]:
+        """What reading them has cost."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,18 @@
 """The order of a plan: rows of an epoch → windows of row groups → packs → steps, in a way that is kind to storage.
 
-    row groups, shuffled, each kind spread evenly ──▶ windows ──▶ their samples shuffled, then packed ──▶ one long row of
+    row groups, shuffled, each kind spread evenly ──▶ windows ──▶ their samples shuffled, then packed ──▶ a long row of
     packs:   [--- lane 0 ---|--- lane 1 ---|--- lane 2 ---|--- lane 3 ---]     cut into stretches of equal length
     step 0:   ^^             ^^             ^^             ^^                  a step takes some packs of each lane,
     step 1:     ^^             ^^             ^^             ^^                lane by lane
 
-A rank works on a stretch of each step, so on lanes of its own: it reads the row groups of these lanes and holds a window
-of each.  The number of lanes is a setting, not the number of workers, so the order is the same for all of them; where
-lanes do not divide among workers, two of them read the same one.
+A rank works on a stretch of each step, so on lanes of its own: it reads the row groups of these lanes and holds a
+window of each.  The number of lanes is a setting, not the number of workers, so the order is the same for all of them;
+where lanes do not divide among workers, two of them read the same one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class Shape:
 
         A window for each of its lanes, and the one before for as long as samples of it wait for a pack.
         """
-        lanes = -(-self.lanes // world) + (1 if self.lanes % world and world > 1 else 0)
+        lanes = -(-self.lanes // world) + (1 if self.lanes % world else 0)
         return lanes * self.window_groups + -(-lanes * self.window_groups // 2) + 1
 
 
@@ -68,12 +69,16 @@ class Packs(NamedTuple):
     sizes: Numbers
     """How many rows each pack has."""
 
+    @property
+    def starts(self) -> Ints:
+        """(packs + 1): where each pack begins in `members`, and where the last one ends."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes, dtype=np.int64)])
+
     def take(self, order: Ints) -> Packs:
         """The packs of these numbers, in this order."""
-        starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
         sizes = self.sizes[order]
         ends = np.cumsum(sizes, dtype=np.int64)
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts[order] - ends + sizes, sizes)
+        places = np.arange(sizes.sum(dtype=np.int64)) + np.repeat(self.starts[order] - ends + sizes, sizes)
         return Packs(self.members[places], sizes)
 
     def first(self, number: int) -> Packs:
@@ -135,7 +140,7 @@ def _epochs(
 ) -> Iterator[Packs]:
     """The packs of each epoch; what would not fill a pack waits for the next one."""
     walk = Walk(codes, rows.groups, quotas, seed)
-    packer = Packer(Limits(shape.pack_length, shape.pictures_per_pack, shape.samples_per_pack), [seed, epochs])
+    packer = Packer(Limits(shape.pack_length, shape.pictures_per_pack, shape.samples_per_pack), [seed, 0, 1])
     for epoch in range(epochs):
         taken, times = walk.epoch(epoch)
         order, sizes = _windows(taken, times, rows.groups, codes, shape, np.random.default_rng([seed, epoch + 1]))
@@ -196,7 +201,7 @@ def _group_by_length(in_steps: Ints, tokens: Numbers, shape: Shape, config: Trai
     for first in range(0, len(in_steps), config.steps_of_one_length):
         some = in_steps[first : first + config.steps_of_one_length]
         steps = random.permutation(len(some))
-        for begin, end in zip(ends[:-1], ends[1:], strict=True):
+        for begin, end in itertools.pairwise(ends):
             lane = some[:, begin:end].reshape(-1)
             some[steps, begin:end] = lane[np.argsort(tokens[lane], kind="stable")].reshape(len(some), -1)
 
@@ -204,8 +209,8 @@ def _group_by_length(in_steps: Ints, tokens: Numbers, shape: Shape, config: Trai
 def _picture_limit(rows: Rows, codes: Numbers, quotas: Sequence[Quota], config: TrainConfig) -> int:
     """Pictures that a pack may hold.
 
-    What follows from the mixture is a bound that packs of average samples do not meet, and that keeps memory, shapes and
-    the shares of workers within known limits.
+    What follows from the mixture is a bound that packs of average samples do not meet, and that keeps memory, shapes
+    and the shares of workers within known limits.
     """
     most = int(rows.pictures.max(initial=0))
     if config.pictures_per_pack:

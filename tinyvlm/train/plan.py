@@ -82,6 +82,8 @@ class Plan:
     shape: Shape
     mixture: list[dict[str, Any]]
     """Of each source and family, what is seen of it (`mixture.table`)."""
+    remarks: list[str]
+    """What a person should know of it (`mixture.remarks`)."""
 
     @property
     def num_packs(self) -> int:
@@ -93,24 +95,24 @@ class Plan:
 
     def packs(self, step: int, rank: int = 0, world: int = 1) -> list[Pack]:
         """The packs of a step that a rank works on; empty ones fill up, so that all ranks have equally many."""
-        first, number = self._first_and_number(step)
-        mine = range(first + number * rank // world, first + number * (rank + 1) // world)
-        return [self._pack(pack) for pack in mine] + [[]] * (-(-number // world) - len(mine))
+        mine = self._share(step, rank, world)
+        most = max(len(self._share(step, other, world)) for other in range(world))
+        return [self._pack(pack) for pack in mine] + [[]] * (most - len(mine))
 
-    def _first_and_number(self, step: int) -> tuple[int, int]:
+    def samples(self, step: int, rank: int = 0, world: int = 1) -> tuple[int, int]:
+        """Where in `items` a rank's share of a step begins and ends."""
+        mine = self._share(step, rank, world)
+        return int(self.starts[mine.start]), int(self.starts[mine.stop])
+
+    def _share(self, step: int, rank: int, world: int) -> range:
+        """Numbers of the packs of a step that a rank works on."""
         first = step * self.shape.packs_per_step
-        return first, min(self.shape.packs_per_step, self.num_packs - first)
+        number = min(self.shape.packs_per_step, self.num_packs - first)
+        return range(first + number * rank // world, first + number * (rank + 1) // world)
 
     def _pack(self, number: int) -> Pack:
         rows = self.items[self.starts[number] : self.starts[number + 1]].tolist()
         return [Item(*row) for row in rows]
-
-    def groups(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
-        """(part, group) of the row groups that a rank reads in a step, each once, in the order of first use."""
-        first, number = self._first_and_number(step)
-        begin, end = (self.starts[first + number * edge // world] for edge in (rank, rank + 1))
-        rows = self.items[begin:end]
-        return list(dict.fromkeys(zip(rows["part"].tolist(), rows["group"].tolist(), strict=True)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -153,7 +155,11 @@ class Plan:
         packs = np.repeat(np.arange(self.num_packs, dtype=np.int32), np.diff(self.starts))
         columns = {"step": packs // np.int32(self.shape.packs_per_step), "pack": packs}
         columns |= {name: self.items[name] for name in Item._fields}
-        about = {"shape": json.dumps(asdict(self.shape)), "mixture": json.dumps(self.mixture)}
+        about = {
+            "shape": json.dumps(asdict(self.shape)),
+            "mixture": json.dumps(self.mixture),
+            "remarks": json.dumps(self.remarks),
+        }
         table = pa.table(columns).replace_schema_metadata(about)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         pq.write_table(table, temporary, compression="zstd")
@@ -165,13 +171,13 @@ class Plan:
         try:
             table = pq.read_table(path)
             shape = Shape(**json.loads(table.schema.metadata[b"shape"]))
-            kinds = json.loads(table.schema.metadata[b"mixture"])
+            kinds, remarks = (json.loads(table.schema.metadata[name]) for name in (b"mixture", b"remarks"))
             packs = table["pack"].to_numpy()
             items = _records(table, np.arange(table.num_rows))
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
             raise CheckpointError(f"The plan {path} cannot be read ({error}); delete it and run again.") from None
         starts = np.concatenate([[0], np.cumsum(np.bincount(packs))]).astype(np.int64)
-        return cls(items, starts, shape, kinds)
+        return cls(items, starts, shape, kinds, remarks)
 
 
 def build(lengths: pa.Table, config: TrainConfig) -> Plan:
@@ -204,7 +210,8 @@ def build(lengths: pa.Table, config: TrainConfig) -> Plan:
         )
     if config.steps:
         made = made.first(config.steps * config.packs_per_step)
-    return _plan(items, made, shape, _seen(made.members, codes, chosen, taken))
+    seen = _seen(made.members, codes, chosen, taken)
+    return Plan(items[made.members], made.starts, shape, seen, mixture.remarks(chosen))
 
 
 def build_validation(lengths: pa.Table, config: TrainConfig) -> Plan:
@@ -216,14 +223,7 @@ def build_validation(lengths: pa.Table, config: TrainConfig) -> Plan:
     items = _records(lengths, rows)
     quota = [Quota(Kind("", ""), "", len(rows), len(rows))] if len(rows) else []
     made, shape = order.arrange(_of(items), np.zeros(len(rows), np.int32), quota, config, epochs=1)
-    return _plan(items, made, shape, [])
-
-
-def describe(lengths: pa.Table, config: TrainConfig) -> list[str]:
-    """What a person should know of a mixture before the work starts (`mixture.remarks`)."""
-    kinds, codes = _kinds(lengths)
-    in_split, usable = _usable(lengths, config, "train")
-    return mixture.remarks(mixture.quotas(_count(kinds, codes[in_split]), _count(kinds, codes[usable]), config.mixture))
+    return Plan(items[made.members], made.starts, shape, [], [])
 
 
 def count_statuses(lengths: pa.Table, config: TrainConfig) -> dict[str, int]:
@@ -236,11 +236,6 @@ def count_statuses(lengths: pa.Table, config: TrainConfig) -> dict[str, int]:
     counts = dict(zip(statuses, np.bincount(status[mine & ~too_long], minlength=len(statuses)).tolist(), strict=True))
     counts["too_long"] = counts.get("too_long", 0) + int(too_long.sum())
     return {name: count for name, count in counts.items() if count}
-
-
-def _plan(items: npt.NDArray[np.void], made: order.Packs, shape: Shape, kinds: list[dict[str, Any]]) -> Plan:
-    starts = np.concatenate([[0], np.cumsum(made.sizes, dtype=np.int64)]).astype(np.int64)
-    return Plan(items[made.members], starts, shape, kinds)
 
 
 def _seen(members: Numbers, codes: Numbers, chosen: list[Quota], taken: list[Quota]) -> list[dict[str, Any]]:
