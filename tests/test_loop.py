@@ -17,6 +17,7 @@ from tiny_model import PICTURE, save_parts, tiny_model
 from training_data import prepare_folder, rows
 
 from tinyvlm import chat, config
+from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import CheckpointError, ConfigError, DataError, StageError
 from tinyvlm.folders import Manifest
 from tinyvlm.model import load
@@ -33,7 +34,7 @@ from tinyvlm.upkeep import verify
 torch.set_num_threads(1)
 
 CONFIG = TrainConfig(
-    families={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0},
+    mixture=MixtureConfig(weights={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0}),
     rates=Rates(vision=1e-3, connector=1e-3, language=1e-3),
     packs_per_step=3,
     pack_length=256,
@@ -92,7 +93,7 @@ class Bench:
     """A model, data and a plan, as often as they are wanted."""
 
     def __init__(self, folder: Path, made: list[dict[str, Any]] | None = None) -> None:
-        self.files = data_files(prepare_folder(folder, made or rows()))
+        self.files = data_files([prepare_folder(folder, made or rows())])
         self.model, self.processor = tiny_model(folder)
         self.lengths = measure(dict(enumerate(self.files)), self.processor)
 
@@ -178,7 +179,7 @@ def test_a_text_only_step_hangs_nobody(tmp_path: Path) -> None:
         for message in row["messages"]:
             message["parts"] = [part for part in message["parts"] if part["image"] is None]
     bench = Bench(tmp_path, made)
-    settings = dataclasses.replace(GENTLE, families={"text": 1.0}, packs_per_step=1, steps=2)
+    settings = dataclasses.replace(GENTLE, mixture=MixtureConfig(weights={"text": 1.0}), packs_per_step=1, steps=2)
     assert bench.losses(settings, world=2) == pytest.approx(bench.losses(settings), abs=1e-5)
 
 

@@ -11,12 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import CheckpointError, ConfigError, DataError
 from tinyvlm.train import plan
 from tinyvlm.train.settings import Rates, TrainConfig
 
 CONFIG = TrainConfig(
-    families={"vqa": 1.0, "caption": 1.0}, packs_per_step=4, pack_length=128, samples_per_pack=0, window_groups=4
+    mixture=MixtureConfig(weights={"vqa": 1.0, "caption": 1.0}),
+    packs_per_step=4,
+    pack_length=128,
+    samples_per_pack=0,
+    window_groups=4,
 )
 
 
@@ -65,7 +70,7 @@ def test_what_is_left_out_is_counted() -> None:
 
 
 def test_weights_are_how_often_a_family_is_seen() -> None:
-    config = dataclasses.replace(CONFIG, families={"vqa": 2.0, "caption": 0.5}, epochs=2)
+    config = dataclasses.replace(CONFIG, mixture=MixtureConfig(weights={"vqa": 2.0, "caption": 0.5}), epochs=2)
     made = plan.build(lengths(), config)
     number = {family: Counter() for family in ("vqa", "caption")}
     for key in made.items[:, 0].tolist():
@@ -144,7 +149,7 @@ def test_steps_cut_the_plan_short_and_cannot_make_it_longer() -> None:
 
 def test_nothing_to_learn_from_is_told_beforehand() -> None:
     with pytest.raises(DataError, match="text"):
-        plan.build(lengths(), dataclasses.replace(CONFIG, families={"text": 1.0}))
+        plan.build(lengths(), dataclasses.replace(CONFIG, mixture=MixtureConfig(weights={"text": 1.0})))
 
 
 def test_held_out_conversations_are_never_trained_on() -> None:

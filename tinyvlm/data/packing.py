@@ -61,13 +61,22 @@ class Packer:
             old + new for old, new in zip(self._waiting, (numbers, tokens, pictures), strict=True)
         )
         window = _Window(tokens, pictures, self.limits)
-        late, early = [], []
+        late: list[list[int]] = []
+        early: list[list[int]] = []
         while window.tokens_left > may_wait:
             pack = window.fill()
-            (early if min(pack) < num_waiting else late).append([numbers[place] for place in pack])
+            (early if min(pack) < num_waiting else late).append(pack)
         left = [place for place in range(len(tokens)) if not window.taken[place]]
         self._waiting = tuple([column[place] for place in left] for column in (numbers, tokens, pictures))  # type: ignore[assignment]
-        return early + [late[place] for place in self._random.permutation(len(late)).tolist()]
+        return [[numbers[place] for place in pack] for pack in early + self._in_pairs(late, pictures)]
+
+    def _in_pairs(self, packs: list[list[int]], pictures: list[int]) -> list[list[int]]:
+        """Shuffled, but one with many pictures beside one with few: so neighbours, which one worker gets, are average."""
+        by_pictures = sorted(packs, key=lambda pack: sum(pictures[place] for place in pack))
+        half = len(packs) // 2
+        pairs = [by_pictures[place : place + 1] + by_pictures[-1 - place :][:1] for place in range(half)]
+        pairs += [by_pictures[half : half + 1]] if len(packs) % 2 else []
+        return [pack for place in self._random.permutation(len(pairs)).tolist() for pack in pairs[place]]
 
 
 class _Window:

@@ -138,6 +138,7 @@ class Conversations:
     def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: int, cache_bytes: int) -> None:
         self.files, self.processor = list(files), processor
         self._window = window
+        self._kept: dict[tuple[int, int, int], dict[str, Any]] = {}
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._held_bytes = 0
         self._texts: Cache[tuple[Ids, Flags, list[str]]] = Cache(cache_bytes // 4)
@@ -154,13 +155,18 @@ class Conversations:
         """What this worker has read so far, and the most memory that its window took."""
         return {"groups_read": self.groups_read, "bytes_read": self.bytes_read, "window_bytes": self.peak_bytes}
 
-    def load(self, pack: Pack) -> list[Sample]:
+    def load(self, pack: Pack, *, keep: bool = False) -> list[Sample]:
         """The samples of a pack.  May be called from several threads.
+
+        Args:
+            keep: remember the rows, undecoded: those held out lie one here, one there, and all come again and again.
 
         Raises:
             DataError: a picture cannot be decoded, with the conversation's key and file.
         """
         with self._lock:
+            if keep:
+                self._kept.update({_place(item): self._row(item) for item in pack if _place(item) not in self._kept})
             return [self._sample(item) for item in pack]
 
     def _sample(self, item: Item) -> Sample:
@@ -175,9 +181,7 @@ class Conversations:
         return Sample(ids, supervised, np.stack(pictures) if pictures else self.processor.pixels([]))
 
     def _read(self, item: Item) -> Sample:
-        row = self._group(item.part, item.group).slice(item.row, 1).to_pylist()[0]
-        if row["key"] != item.key:
-            raise DataError(f"{self.files[item.part]} has changed since the plan was made; delete this run, repeat it.")
+        row = self._kept.get(_place(item)) or self._row(item)
         messages, images = messages_of(row["messages"]), row["images"] or []
         ids, supervised = self.processor.tokens(messages, len(images))
         digests = [image["sha256"] or f"{_place(item)}/{number}" for number, image in enumerate(images)]
@@ -189,6 +193,12 @@ class Conversations:
             said = f"A picture of {where} cannot be decoded ({error}); run `prepare` again."
             raise DataError(said) from None
         return self._join(ids, supervised, each)
+
+    def _row(self, item: Item) -> dict[str, Any]:
+        row: dict[str, Any] = self._group(item.part, item.group).slice(item.row, 1).to_pylist()[0]
+        if row["key"] != item.key:
+            raise DataError(f"{self.files[item.part]} has changed since the plan was made; delete this run, repeat it.")
+        return row
 
     def _decode(self, digest: str, data: bytes) -> Pixels:
         pixels = self._pictures.get(digest)

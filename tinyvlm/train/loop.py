@@ -35,11 +35,8 @@ from tinyvlm.train.settings import TrainConfig
 class Source(Protocol):
     """Where samples come from."""
 
-    def load(self, pack: Pack) -> Sequence[Sample]:
-        """The samples of a pack."""
-
-    def account(self) -> dict[str, int]:
-        """What reading them has cost."""
+    def load(self, pack: Pack, *, keep: bool = False) -> Sequence[Sample]:
+        """The samples of a pack.  `keep`: they will be asked for again and again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +196,9 @@ class Trainer:
         """This worker's share of a step, as tensors."""
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
-        return [assemble([self.work.source.load(pack) for pack in one], self.work.pad_token_id) for one in groups]
+        keep = plan is self.work.validation
+        loaded = ([self.work.source.load(pack, keep=keep) for pack in one] for one in groups)
+        return [assemble(one, self.work.pad_token_id) for one in loaded]
 
     def _held_out(self) -> None:
         started = time.perf_counter()

@@ -1,6 +1,6 @@
 """The order of a plan: rows of an epoch → windows of row groups → packs → steps, in a way that is kind to storage.
 
-    row groups, shuffled, each kind spread evenly ──▶ windows ──▶ their samples shuffled, then packed ──▶ a long row of
+    row groups, shuffled ──▶ windows of some with many and with few pictures ──▶ shuffled, then packed ──▶ a long row of
     packs:   [--- lane 0 ---|--- lane 1 ---|--- lane 2 ---|--- lane 3 ---]     cut into stretches of equal length
     step 0:   ^^             ^^             ^^             ^^                  a step takes some packs of each lane,
     step 1:     ^^             ^^             ^^             ^^                lane by lane
@@ -46,10 +46,11 @@ class Shape:
     def groups_held(self, world: int) -> int:
         """Row groups that one of `world` workers keeps in memory, so that it reads each about once an epoch.
 
-        A window for each of its lanes, and the one before for as long as samples of it wait for a pack.
+        A window for each of its lanes, and the one before, of which samples wait for a pack, for those lanes that come
+        to a new one at the same time: both of two lanes, half of many.
         """
         lanes = -(-self.lanes // world) + (1 if self.lanes % world else 0)
-        return lanes * self.window_groups + -(-lanes * self.window_groups // 2) + 1
+        return self.window_groups * (lanes + max(min(lanes, 2), -(-lanes // 2)))
 
 
 class Rows(NamedTuple):
@@ -143,7 +144,7 @@ def _epochs(
     packer = Packer(Limits(shape.pack_length, shape.pictures_per_pack, shape.samples_per_pack), [seed, 0, 1])
     for epoch in range(epochs):
         taken, times = walk.epoch(epoch)
-        order, sizes = _windows(taken, times, rows.groups, codes, shape, np.random.default_rng([seed, epoch + 1]))
+        order, sizes = _windows(taken, times, rows, shape, np.random.default_rng([seed, epoch + 1]))
         del taken, times
         if shape.samples_per_pack == 1:
             yield Packs(order, np.ones(len(order), np.int32))
@@ -157,25 +158,28 @@ def _epochs(
 
 
 def _windows(
-    taken: Numbers, times: Numbers, groups: Numbers, codes: Numbers, shape: Shape, random: np.random.Generator
+    taken: Numbers, times: Numbers, rows: Rows, shape: Shape, random: np.random.Generator
 ) -> tuple[Numbers, Ints]:
     """The epoch's rows, shuffled inside windows of row groups, and the number of rows of each window.
 
-    A row group that is wanted twice is visited twice.  The visits of each kind are spread evenly, with jitter: so each
-    window is nearly a sample of the mixture, and long and short, with and without pictures, meet in it.
+    A row group that is wanted twice is visited twice.  A window has row groups with many pictures and with few, so that
+    packs can be filled and workers, each with windows of its own, have about equally much to do.
     """
-    place = groups[taken].astype(np.int64) * (int(times.max(initial=0)) + 1) + times
-    visits, first, visit = np.unique(place, return_index=True, return_inverse=True)
+    place = rows.groups[taken].astype(np.int64) * (int(times.max(initial=0)) + 1) + times
+    visit = np.unique(place, return_inverse=True)[1].reshape(-1)
     del place
-    kind, time = codes[taken[first]], times[first]
-    by_kind = np.lexsort((random.random(len(visits)), time, kind))
-    number = np.bincount(kind)
-    rank = np.empty(len(visits))
-    rank[by_kind] = np.arange(len(visits)) - (np.cumsum(number) - number)[kind[by_kind]]
-    position = np.argsort((rank + random.random(len(visits))) / number[kind], kind="stable")
-    window = np.empty(len(visits), np.int32)
-    window[position] = np.arange(len(visits)) // shape.window_groups
-    window_of_row = window[visit.reshape(-1)]
+    pictures = np.bincount(visit, rows.pictures[taken])
+    tokens = np.bincount(visit, rows.tokens[taken])
+    # In steps of a tenth, and by lot inside of them, so that not always the same ones meet.
+    density = np.round(10 * np.log2(1 + 1000 * pictures / np.maximum(1, tokens)))
+    by_density = np.lexsort((random.random(len(density)), density))
+    window = np.empty(len(density), np.int32)
+    num_windows = -(-len(density) // shape.window_groups)
+    number = random.permutation(num_windows)
+    for first in range(0, len(density), num_windows):
+        some = by_density[first : first + num_windows]
+        window[some] = (number if first // num_windows % 2 == 0 else number[::-1])[: len(some)]
+    window_of_row = window[visit]
     del visit
     order = np.lexsort((random.random(len(taken), np.float32), window_of_row))
     return taken[order], np.bincount(window_of_row)

@@ -68,6 +68,9 @@ class Item(NamedTuple):
 
 Pack = list[Item]
 
+BATCH = 8
+"""Padded samples that go through the model together, where the fill of a plan is told: the published number."""
+
 _ITEM = np.dtype([(name, np.int64 if name == "key" else np.int32) for name in Item._fields])
 
 
@@ -141,14 +144,18 @@ class Plan:
         }
 
     def _positions(self) -> int:
-        """Positions that the samples lie in: a pack's are fixed, padded samples are as long as the step's longest."""
+        """Positions that the samples lie in: a pack's are fixed; padded ones are as many as the longest of their batch.
+
+        Batches are `BATCH` samples of a step that are neighbours by length.
+        """
         if self.shape.samples_per_pack != 1:
             return self.num_packs * self.shape.pack_length
-        firsts = np.arange(0, self.num_packs, self.shape.packs_per_step)
-        if not len(firsts):
-            return 0
-        longest = np.maximum.reduceat(self.items["tokens"], firsts).astype(np.int64)
-        return int((longest * np.diff([*firsts, self.num_packs])).sum())
+        positions = 0
+        for step in range(self.num_steps):
+            begin, end = self.samples(step)
+            tokens = np.sort(self.items["tokens"][begin:end])[::-1]
+            positions += BATCH * int(tokens[::BATCH].sum()) - int(tokens[-1]) * (-len(tokens) % BATCH)
+        return positions
 
     def save(self, path: Path) -> None:
         """Write the plan as Parquet, one row for each sample."""

@@ -105,6 +105,7 @@ class TrainingRun:
             "plan": result["plan"],
             "mixture": result["mixture"],
             "remarks": result["remarks"],
+            "planned_reading": result["planned_reading"],
             "reading": result["reading"],
             "charts": charts(numbers),
         }

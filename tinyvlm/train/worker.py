@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tinyvlm.train.card import model_card
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.loop import Hooks, Trainer, Work
+from tinyvlm.train.reading import group_sizes, reading
 from tinyvlm.train.run import TrainingRun
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def carry_out(
     if numbers is not None:
         numbers.close()
         Lease.check(run.folder, lease_number)
-        _leave_result(run, trainer, processor, lengths, frozen)
+        _leave_result(run, trainer, source, lengths, frozen)
 
 
 def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
@@ -169,7 +171,12 @@ def _plans(run: TrainingRun, lengths: Sequence[Path], collective: Collective) ->
         training = plan.build(table, run.config)
         for line in mixture.lines(training.mixture, training.remarks):
             log.info("%s mixture · %s", run.stage, line)
-        summary = training.summary() | {"mixture": training.mixture, "remarks": training.remarks}
+        sizes = group_sizes(data_files(map(Path, run.prepare)))
+        summary = training.summary() | {
+            "mixture": training.mixture,
+            "remarks": training.remarks,
+            "reading": [asdict(reading(training, sizes, world)) for world in sorted({1, 2, 8, collective.world})],
+        }
         write_atomic(run.folder / "plan.json", json.dumps(summary, indent=2))
         training.save(paths[-1])
     collective.barrier()
@@ -178,7 +185,7 @@ def _plans(run: TrainingRun, lengths: Sequence[Path], collective: Collective) ->
 
 
 def _leave_result(
-    run: TrainingRun, trainer: Trainer, processor: TinyVLMProcessor, lengths: Sequence[Path], frozen: Mapping[str, str]
+    run: TrainingRun, trainer: Trainer, source: Conversations, lengths: Sequence[Path], frozen: Mapping[str, str]
 ) -> None:
     """Save the model in the shape in which others load it, then say so."""
     final, temporary = run.folder / "model", run.folder / f".model.{os.getpid()}.tmp"
@@ -186,7 +193,7 @@ def _leave_result(
     trainer.model.eval()
     disable_progress_bar()
     trainer.model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
+    source.processor.save_pretrained(temporary)
     numbers = metrics.read(run.folder / "metrics.jsonl").summary()
     parameters = trainer.policy.counts()
     (temporary / "recipe.json").write_text(json.dumps(dict(run.recipe), indent=2))
@@ -202,7 +209,8 @@ def _leave_result(
         "plan": trainer.work.plan.summary(),
         "mixture": trainer.work.plan.mixture,
         "remarks": trainer.work.plan.remarks,
-        "reading": trainer.work.source.account(),
+        "planned_reading": json.loads((run.folder / "plan.json").read_text())["reading"],
+        "reading": source.account(),
         "files": sorted(path.name for path in final.iterdir()),
     }
     write_atomic(run.folder / "result.json", json.dumps(result, indent=2))

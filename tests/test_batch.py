@@ -15,8 +15,8 @@ from tinyvlm.chat import Message
 from tinyvlm.errors import DataError
 from tinyvlm.model import Sample, TinyVLMForConditionalGeneration, TinyVLMProcessor
 from tinyvlm.train import plan
-from tinyvlm.train.data import Conversations, data_files, measure, messages_of
 from tinyvlm.train.batch import IGNORED, Batch, assemble, group
+from tinyvlm.train.data import Conversations, data_files, measure, messages_of
 
 torch.set_num_threads(1)
 
@@ -123,7 +123,7 @@ def test_only_answers_carry_loss_and_padding_goes_on_counting(parts: Parts) -> N
 def test_measured_lengths_are_those_of_the_encoded_samples(parts: Parts, tmp_path: Path) -> None:
     _, processor = parts
     made = rows(40)
-    files = data_files(prepare_folder(tmp_path, [*made, conversation(1000, split="test")]))
+    files = data_files([prepare_folder(tmp_path, [*made, conversation(1000, split="test")])])
     table = measure(dict(enumerate(files)), processor)
     assert sorted(table["key"].to_pylist()) == list(range(40)), "test conversations are none of training's business"
     by_key = {row["key"]: row for row in table.to_pylist()}
@@ -139,7 +139,7 @@ def test_measured_lengths_are_those_of_the_encoded_samples(parts: Parts, tmp_pat
 def test_what_is_loaded_is_what_the_processor_makes(parts: Parts, tmp_path: Path, cache_bytes: int) -> None:
     _, processor = parts
     made = rows(24)
-    files = data_files(prepare_folder(tmp_path, made))
+    files = data_files([prepare_folder(tmp_path, made)])
     table = measure(dict(enumerate(files)), processor)
     source = Conversations(files, processor, window=2, cache_bytes=cache_bytes)
     for _ in range(2):
@@ -158,7 +158,7 @@ def test_a_damaged_picture_is_named(parts: Parts, tmp_path: Path) -> None:
     _, processor = parts
     made = [conversation(5), conversation(6)]
     made[1]["images"][0]["bytes"] = made[1]["images"][0]["bytes"][:100]
-    files = data_files(prepare_folder(tmp_path, made, parts=1))
+    files = data_files([prepare_folder(tmp_path, made, parts=1)])
     source = Conversations(files, processor, window=1, cache_bytes=0)
     with pytest.raises(DataError, match="conversation 6"):
         source.load([plan.Item(6, 0, 0, 1, 0, 1, 0)])
