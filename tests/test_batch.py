@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from tinyvlm.model import Sample, TinyVLMForConditionalGeneration, TinyVLMProces
 from tinyvlm.train import plan
 from tinyvlm.train.batch import IGNORED, Batch, assemble, group
 from tinyvlm.train.data import Conversations, data_files, measure, messages_of
+from tinyvlm.train.reading import Window
 
 torch.set_num_threads(1)
 
@@ -64,27 +64,47 @@ def test_a_pack_loses_what_its_samples_lose_alone(parts: Parts, layout: list[lis
     assert packed[0] == pytest.approx(sum(loss for loss, _ in wanted), rel=1e-5)
 
 
-def test_changing_one_sample_leaves_its_neighbours_alone(parts: Parts) -> None:
-    model, processor = parts
-    first, middle, last = samples(processor)[0], samples(processor)[1], samples(processor)[3]
-    other = processor.encode(
-        [*ask("is there a circle?", pictures=2), Message("assistant", ("no",))], [picture(98), picture(99)]
-    )
+CHANGES = {
+    "its words": lambda made: ([*ask("is there a circle?", pictures=2), Message("assistant", ("no",))], [10, 11]),
+    "its pictures": lambda made: (made, [98, 99]),
+    "its length": lambda made: ([*made[:1], Message("assistant", ("a red circle. " * 9,))], [10, 11]),
+    "everything": lambda made: ([*ask("why?", pictures=3), Message("assistant", ("blue",))], [97, 98, 99]),
+}
 
-    def hidden(pack: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = assemble([pack], processor.pad_id)
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changing_one_sample_changes_no_logit_of_its_neighbours(parts: Parts, change: str, attention: str) -> None:
+    """Neighbours before it, after it, and in the other row of the batch."""
+    model, processor = parts
+    model.language.set_attn_implementation(attention)
+    first, _, text, last, other_row = samples(processor)
+    words = [*ask(pictures=2), Message("assistant", ("a red circle. a red circle. ",))]
+    changed, shown = CHANGES[change](words)
+
+    def logits(messages: list[Message], seeds: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        middle = processor.encode(messages, [picture(seed) for seed in seeds])
+        batch = assemble([[first, middle, text, last], [text, other_row]], processor.pad_id)
         with torch.no_grad():
-            logits = model(
+            made = model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 pixel_values=batch.pixel_values,
                 use_cache=False,
             ).logits
-        assert logits is not None
-        return logits[0, : len(first.input_ids)], logits[0, -len(last.input_ids) :]
+        assert made is not None
+        start = len(first.input_ids)
+        end = start + len(middle.input_ids)
+        after = len(text.input_ids) + len(last.input_ids)
+        second_row = len(text.input_ids) + len(other_row.input_ids)
+        return [made[0, :start], made[0, end : end + after], made[1, :second_row]], made[0, start:end]
 
-    for before, after in zip(hidden([first, middle, last]), hidden([first, other, last]), strict=True):
-        torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+    before, own_before = logits(words, [10, 11])
+    after, own_after = logits(changed, shown)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert own_before.shape != own_after.shape or not torch.allclose(own_before, own_after, atol=1e-3)
+    model.language.set_attn_implementation("sdpa")
 
 
 def test_batches_keep_to_packs_and_tokens() -> None:
@@ -141,13 +161,13 @@ def test_what_is_loaded_is_what_the_processor_makes(parts: Parts, tmp_path: Path
     made = rows(24)
     files = data_files([prepare_folder(tmp_path, made)])
     table = measure(dict(enumerate(files)), processor)
-    source = Conversations(files, processor, window=2, cache_bytes=cache_bytes)
+    source = Conversations(files, processor, window=Window(2), cache_bytes=cache_bytes)
     for _ in range(2):
         for row in table.to_pylist()[1:]:
             item = plan.Item(*(row[name] for name in plan.Item._fields))
             wanted = made[row["key"]]
             sample = processor.encode(messages_of(wanted["messages"]), [image["bytes"] for image in wanted["images"]])
-            [loaded] = source.load([item])
+            [loaded] = source.load([item], 0)
             np.testing.assert_array_equal(loaded.input_ids, sample.input_ids)
             np.testing.assert_array_equal(loaded.supervised, sample.supervised)
             np.testing.assert_array_equal(loaded.pixels, sample.pixels)
@@ -159,6 +179,6 @@ def test_a_damaged_picture_is_named(parts: Parts, tmp_path: Path) -> None:
     made = [conversation(5), conversation(6)]
     made[1]["images"][0]["bytes"] = made[1]["images"][0]["bytes"][:100]
     files = data_files([prepare_folder(tmp_path, made, parts=1)])
-    source = Conversations(files, processor, window=1, cache_bytes=0)
+    source = Conversations(files, processor, window=Window(1), cache_bytes=0)
     with pytest.raises(DataError, match="conversation 6"):
-        source.load([plan.Item(6, 0, 0, 1, 0, 1, 0)])
+        source.load([plan.Item(6, 0, 0, 1, 0, 1, 0)], 0)

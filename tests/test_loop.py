@@ -27,6 +27,7 @@ from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.freeze import FreezePolicy, hash_tensors
 from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.optim import rate_factor
+from tinyvlm.train.reading import Window
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
 from tinyvlm.upkeep import verify
@@ -103,7 +104,7 @@ class Bench:
         work = Work(
             plan=plan.build(self.lengths, settings),
             validation=plan.build_validation(self.lengths, settings),
-            source=Conversations(self.files, self.processor, window=16, cache_bytes=1 << 24),
+            source=Conversations(self.files, self.processor, window=Window(16), cache_bytes=1 << 24),
             config=settings,
             pad_token_id=self.processor.pad_id,
             new_token_ids=self.processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int32]
 
 WAITING_PACKS = 4
-"""So many packs' worth of tokens may wait for the next window."""
+"""So many packs' worth of tokens may wait for the next window, but not more than half of a window."""
 CLOSING_SAMPLES = 3.5
 """Best fit takes over when the room left is that of so many average samples: enough that some number of them fits."""
 LOOK_AHEAD = 16
@@ -49,7 +49,8 @@ class Packer:
 
     def add(self, numbers: Numbers, tokens: Numbers, pictures: Numbers) -> list[list[int]]:
         """Full packs of a window's samples and of those that waited; the latter are in the first packs."""
-        return self._pack(numbers.tolist(), tokens.tolist(), pictures.tolist(), WAITING_PACKS * self.limits.tokens)
+        may_wait = min(WAITING_PACKS * self.limits.tokens, int(tokens.sum()) // 2)
+        return self._pack(numbers.tolist(), tokens.tolist(), pictures.tolist(), may_wait)
 
     def finish(self) -> list[list[int]]:
         """Packs of what still waits, full or not."""
@@ -71,7 +72,7 @@ class Packer:
         return [[numbers[place] for place in pack] for pack in early + self._in_pairs(late, pictures)]
 
     def _in_pairs(self, packs: list[list[int]], pictures: list[int]) -> list[list[int]]:
-        """Shuffled, but one with many pictures beside one with few: so neighbours, which one worker gets, are average."""
+        """Shuffled, but one with many pictures beside one with few: neighbours, which one worker gets, are average."""
         by_pictures = sorted(packs, key=lambda pack: sum(pictures[place] for place in pack))
         half = len(packs) // 2
         pairs = [by_pictures[place : place + 1] + by_pictures[-1 - place :][:1] for place in range(half)]

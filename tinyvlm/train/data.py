@@ -11,7 +11,6 @@ decoded once.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,30 +29,19 @@ from tinyvlm.images import ImageError
 from tinyvlm.model.processing import Sample, TinyVLMProcessor
 from tinyvlm.train.features import Cache
 from tinyvlm.train.plan import LENGTHS, Item, Pack
+from tinyvlm.train.reading import READ_COLUMNS, Place, Window, group_bytes
 
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
-_DIGESTS, _BYTES = "images.list.element.sha256", "images.list.element.bytes"
+_DIGESTS, _BYTES = READ_COLUMNS[2:]
 """Reading the first of these leaves alone counts a conversation's pictures without reading them."""
-
-_READ = ("key", "messages", _DIGESTS, _BYTES)
 
 
 def data_files(folders: Iterable[Path]) -> list[Path]:
     """The data files of `prepare` folders, in order; their positions are the `part` of a plan."""
     return [path for folder in folders for path in part_paths(folder)]
-
-
-def group_bytes(group: pq.RowGroupMetaData) -> int:
-    """Bytes of a row group that are read for its samples."""
-    chunks = (group.column(index) for index in range(group.num_columns))
-    return sum(chunk.total_compressed_size for chunk in chunks if _is_read(chunk.path_in_schema))
-
-
-def _is_read(path: str) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in _READ)
 
 
 def messages_of(row: Sequence[dict[str, Any]]) -> list[Message]:
@@ -131,16 +119,16 @@ class Conversations:
 
     Args:
         files: as `data_files` gives them.
-        window: row groups to keep in memory.
+        window: which row groups to keep in memory.
         cache_bytes: budget for encoded samples.
     """
 
-    def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: int, cache_bytes: int) -> None:
+    def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: Window, cache_bytes: int) -> None:
         self.files, self.processor = list(files), processor
         self._window = window
         self._kept: dict[tuple[int, int, int], dict[str, Any]] = {}
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        self._held_bytes = 0
+        self._groups: dict[Place, pa.Table] = {}
+        self._step = self._held_bytes = 0
         self._texts: Cache[tuple[Ids, Flags, list[str]]] = Cache(cache_bytes // 4)
         self._pictures: Cache[Pixels] = Cache(cache_bytes - cache_bytes // 4)
         self._lock = threading.Lock()
@@ -155,17 +143,20 @@ class Conversations:
         """What this worker has read so far, and the most memory that its window took."""
         return {"groups_read": self.groups_read, "bytes_read": self.bytes_read, "window_bytes": self.peak_bytes}
 
-    def load(self, pack: Pack, *, keep: bool = False) -> list[Sample]:
+    def load(self, pack: Pack, step: int | None) -> list[Sample]:
         """The samples of a pack.  May be called from several threads.
 
         Args:
-            keep: remember the rows, undecoded: those held out lie one here, one there, and all come again and again.
+            step: of the plan; None for held-out conversations, whose rows are remembered as they are: they lie one
+                here and one there, and come again and again.
 
         Raises:
             DataError: a picture cannot be decoded, with the conversation's key and file.
         """
         with self._lock:
-            if keep:
+            if step is not None:
+                self._step = step
+            else:
                 self._kept.update({_place(item): self._row(item) for item in pack if _place(item) not in self._kept})
             return [self._sample(item) for item in pack]
 
@@ -210,13 +201,12 @@ class Conversations:
     def _group(self, part: int, group: int) -> pa.Table:
         place = (part, group)
         if place in self._groups:
-            self._groups.move_to_end(place)
             return self._groups[place]
-        while len(self._groups) >= self._window:
-            self._held_bytes -= self._groups.popitem(last=False)[1].nbytes
+        for gone in self._window.enter(place, self._step):
+            self._held_bytes -= self._groups.pop(gone).nbytes
         # As a dictionary, a picture that several rows show is in memory once.
         with pq.ParquetFile(self.files[part], read_dictionary=[_BYTES]) as file:
-            table = file.read_row_group(group, columns=list(_READ), use_threads=False)
+            table = file.read_row_group(group, columns=list(READ_COLUMNS), use_threads=False)
             self.bytes_read += group_bytes(file.metadata.row_group(group))
         self.groups_read += 1
         self._groups[place] = table

@@ -35,8 +35,8 @@ from tinyvlm.train.settings import TrainConfig
 class Source(Protocol):
     """Where samples come from."""
 
-    def load(self, pack: Pack, *, keep: bool = False) -> Sequence[Sample]:
-        """The samples of a pack.  `keep`: they will be asked for again and again."""
+    def load(self, pack: Pack, step: int | None) -> Sequence[Sample]:
+        """The samples of a pack, for a step of the plan; None: for a held-out loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +196,8 @@ class Trainer:
         """This worker's share of a step, as tensors."""
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
-        keep = plan is self.work.validation
-        loaded = ([self.work.source.load(pack, keep=keep) for pack in one] for one in groups)
+        at = step if plan is self.work.plan else None
+        loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
         return [assemble(one, self.work.pad_token_id) for one in loaded]
 
     def _held_out(self) -> None:

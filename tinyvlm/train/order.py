@@ -44,13 +44,12 @@ class Shape:
     window_groups: int
 
     def groups_held(self, world: int) -> int:
-        """Row groups that one of `world` workers keeps in memory, so that it reads each about once an epoch.
+        """The most row groups that one of `world` workers keeps in memory, to read each about once an epoch.
 
-        A window for each of its lanes, and the one before, of which samples wait for a pack, for those lanes that come
-        to a new one at the same time: both of two lanes, half of many.
+        Of each of its lanes the window, and the one before while samples of it wait for a pack.
         """
         lanes = -(-self.lanes // world) + (1 if self.lanes % world else 0)
-        return self.window_groups * (lanes + max(min(lanes, 2), -(-lanes // 2)))
+        return 2 * self.window_groups * lanes
 
 
 class Rows(NamedTuple):
@@ -176,7 +175,7 @@ def _windows(
     window = np.empty(len(density), np.int32)
     num_windows = -(-len(density) // shape.window_groups)
     number = random.permutation(num_windows)
-    for first in range(0, len(density), num_windows):
+    for first in range(0, len(density), max(1, num_windows)):
         some = by_density[first : first + num_windows]
         window[some] = (number if first // num_windows % 2 == 0 else number[::-1])[: len(some)]
     window_of_row = window[visit]

@@ -51,7 +51,7 @@ class TrainConfig:
     lanes: int = 16
     """Stretches of the data that a step draws from; each worker reads its own, so at least as many as workers."""
     window_groups: int = 2
-    """Row groups of a lane that samples are shuffled across; a worker holds its lanes' and half as many more."""
+    """Row groups of a lane that samples are shuffled across; a worker holds its lanes', and at most as many more."""
     steps_of_one_length: int = 32
     """With one sample a pack: so many steps' samples are sorted by length, and each step gets similar ones; 1: none."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

@@ -36,7 +36,7 @@ from tinyvlm.train.card import model_card
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.loop import Hooks, Trainer, Work
-from tinyvlm.train.reading import group_sizes, reading
+from tinyvlm.train.reading import Window, group_sizes, reading
 from tinyvlm.train.run import TrainingRun
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def carry_out(
     source = Conversations(
         data_files(map(Path, run.prepare)),
         processor,
-        window=training.shape.groups_held(collective.world),
+        window=Window.of(training, collective.rank, collective.world),
         cache_bytes=config.cache_mib << 20,
     )
     told = Hooks(on_held_out=lambda step, loss, seconds: on_held_out(step, loss))
