@@ -175,6 +175,18 @@ def _bytes_of(metadata: Any, column: str) -> int:
     return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
+def test_a_part_has_no_more_bytes_than_a_worker_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**row, "rest": "x" * 20_000} for row in records(60)]
+    path = write(tmp_path / "x.jsonl", rows)
+    _, wanted = prepare([path], tmp_path / "one")
+    monkeypatch.setattr("tinyvlm.data.records.MAX_PART_BYTES", 100_000)
+    _, found = prepare([path], tmp_path / "two")
+    assert found == wanted
+    parts = [pq.read_table(part) for part in sorted((tmp_path / "two").glob("records-*/data/*.parquet"))]
+    assert all(part.num_rows <= 4 for part in parts)
+    assert sum(part.num_rows for part in parts) == 60
+
+
 def test_evaluation_pictures_are_kept_out(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "a.jpg").write_bytes(jpeg(1))

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
 
-SourceName = Literal["captions", "easy_vqa"]
+SourceName = Literal["captions", "easy_vqa", "m3it"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,15 @@ class PrepareConfig:
     """What is read, what is said about each picture, and what is held out."""
 
     source: SourceName = "captions"
-    """`captions`: the link list's own words; `easy_vqa`: the questions of that package."""
+    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `m3it`: files of M3IT."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a picture's name in the records → the folder that has such pictures; "" stands for all others."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Field that the source wants → what the files call it."""
+    subsets: tuple[str, ...] = ()
+    """Names of the parts of a source that are read ("coco", "vqa-v2"); none: its usual ones."""
     known: tuple[str, ...] = ()
     """Files of the same kind whose records count as duplicates: conversations that another source has already."""
     evaluation: tuple[str, ...] = ()
@@ -110,7 +112,8 @@ class PrepareConfig:
     @property
     def listed(self) -> dict[str, Any]:
         """The settings that decide what the `records` folder holds."""
-        return {name: getattr(self, name) for name in ("source", "columns", "known", "limit", "rows_per_part")}
+        names = ("source", "columns", "subsets", "known", "limit", "rows_per_part")
+        return {name: getattr(self, name) for name in names}
 
 
 class Prepare(Stage):
@@ -243,7 +246,8 @@ class Prepare(Stage):
         about = _parse(row["meta"])
         if row["status"] != schema.OK:
             family, split = about.get("family", "instruction"), about.get("split", "train")
-            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"])]
+            subset = about.get("subset", "")
+            return [Dialogue(family, split, (), status=row["status"], detail=row["detail"], subset=subset)]
         try:
             return self.source.dialogues(record, about)
         except Exception as error:  # a reader that stumbles over somebody's record costs a row, not the run
@@ -306,6 +310,10 @@ def open_source(config: PrepareConfig) -> PictureSource | FileSource:
         from tinyvlm.data.sources.easy_vqa import EasyVQA
 
         return EasyVQA(config)
+    if config.source == "m3it":
+        from tinyvlm.data.sources.m3it import M3IT
+
+        return M3IT(config)
     from tinyvlm.data.sources.captions import Captions
 
     return Captions(config)

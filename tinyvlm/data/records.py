@@ -41,9 +41,12 @@ if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
 
 STAGE = "records"
-VERSION = 1
+VERSION = 2
 MAX_COPIED_BYTES = 16_384
 """Longer records stay in their file."""
+MAX_PART_BYTES = 256 << 20
+"""Of a part's records in JSON lines, which a worker holds at the same time; of Parquet's rows there are as many as of
+any others, which is less."""
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
@@ -151,7 +154,8 @@ class _Lister:
             while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
                 routes = np.array([row.pop("route") for row in chunk], np.uint64)
                 parts.add(pa.Table.from_pylist(chunk, schema=schema.RECORDS), routes)
-            yield from parts.parts(self.config.rows_per_part)
+            for part in parts.parts(self.config.rows_per_part):
+                yield from _within(part, MAX_PART_BYTES)
 
     def close(self, num_rows: int, statuses: Counter[str]) -> Closing:
         """The pass is over."""
@@ -176,26 +180,40 @@ class _Lister:
         if not record:
             return self._bad(key, file, place, "bad_record", "no JSON object")
         outline = self.source.outline(record, file)
+        meta = _storable(json.dumps(outline.about, ensure_ascii=False))
         if outline.status != schema.OK:
-            return self._bad(key, file, place, outline.status, outline.detail)
+            return self._bad(key, file, place, outline.status, outline.detail, meta)
         if outline.same is not None:
             first = self._seen.setdefault(drawn(outline.same), key)
             if first != key:
                 which = "a record of prepare.known" if first < 0 else f"record {first}"
-                return self._bad(key, file, place, "duplicate", f"says the same as {which}")
-        text = None if _has_bytes(record) else json.dumps(record, ensure_ascii=False)
+                return self._bad(key, file, place, "duplicate", f"says the same as {which}", meta)
+        is_long = place is not None and place[1] is not None and place[1] > MAX_COPIED_BYTES
+        text = None if is_long or _has_bytes(record) else json.dumps(record, ensure_ascii=False)
         if text is not None and len(text) > MAX_COPIED_BYTES and place is not None and _can_seek(file):
             text = None
         lies = {"record": text} if text is not None else {"file": file, "offset": place[0], "length": place[1]}  # type: ignore[index]
-        meta = json.dumps(outline.about, ensure_ascii=False)
         in_order = self.source.keeps_order or (file.endswith(".parquet") and text is None)
         together = f"{key}" if outline.together is None else outline.together
         route = key << 20 if in_order else drawn(together)
-        return {"key": key, "status": schema.OK, "detail": None, **lies, "meta": _storable(meta), "route": route}
+        return {"key": key, "status": schema.OK, "detail": None, **lies, "meta": meta, "route": route}
 
-    def _bad(self, key: int, file: str, place: Place | None, status: str, detail: str | None) -> dict[str, Any]:
+    def _bad(
+        self, key: int, file: str, place: Place | None, status: str, detail: str | None, meta: str = "{}"
+    ) -> dict[str, Any]:
         where = {"file": file, "offset": place[0], "length": place[1]} if place else {"file": file}
-        return {"key": key, "status": status, "detail": detail, **where, "meta": "{}", "route": drawn(key)}
+        return {"key": key, "status": status, "detail": detail, **where, "meta": meta, "route": drawn(key)}
+
+
+def _within(part: pa.Table, max_bytes: int) -> Iterator[pa.Table]:
+    """The part, in pieces whose records have at most so many bytes together (a single one may have more)."""
+    ends = np.cumsum(part["length"].fill_null(0).to_numpy())
+    start = 0
+    while start < part.num_rows:
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + max_bytes, side="right")))
+        yield part.slice(start, end - start)
+        start = end
 
 
 def _has_bytes(value: Any) -> bool:
@@ -256,6 +274,16 @@ def open_file(file: str) -> BinaryIO:
     if hub.is_pinned(file):
         return hub.open_file(file)
     return storage.address(file).open("rb")
+
+
+def read_file(file: str) -> bytes:
+    """All of a small file.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    with _speaking(file), open_file(file) as raw:
+        return raw.read()
 
 
 @contextmanager
