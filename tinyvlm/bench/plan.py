@@ -250,7 +250,7 @@ def _sizes(lengths: Any) -> dict[tuple[int, int], Any]:
     rows = np.bincount(place)
     return {
         (number // 2, number % 2): GroupSize(int(rows[number]), int(num_bytes[number]))
-        for number in np.flatnonzero(rows)
+        for number in np.flatnonzero(rows).tolist()
     }
 
 

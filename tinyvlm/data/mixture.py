@@ -161,7 +161,7 @@ def _apportion(total: int, sizes: Sequence[float]) -> list[int]:
 
 
 def _fits_nothing(name: str, present: Mapping[Kind, int]) -> str:
-    known = sorted({*FAMILIES} & {kind.family for kind in present})
+    known = sorted({kind.family for kind in present})
     for kind in sorted(present):
         steps = kind.source.split("/")
         known += ["/".join(steps[: end + 1]) for end in range(len(steps))]

@@ -191,7 +191,7 @@ def _in_lanes(num_packs: int, shape: Shape) -> Ints:
     slot = np.arange(shape.packs_per_step)
     lane = np.searchsorted(ends, slot, side="right") - 1
     width = np.diff(ends)[lane]
-    return steps * ends[lane] + slot - ends[lane] + np.arange(steps)[:, None] * width  # type: ignore[no-any-return]
+    return steps * ends[lane] + slot - ends[lane] + np.arange(steps)[:, None] * width
 
 
 def _group_by_length(in_steps: Ints, tokens: Numbers, shape: Shape, config: TrainConfig) -> None:

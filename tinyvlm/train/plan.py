@@ -121,8 +121,8 @@ class Plan:
     def fingerprint(self) -> str:
         """64 hex digits over everything that decides the order."""
         digest = hashlib.sha256(f"{self.shape.packs_per_step}\n".encode())
-        digest.update(np.ascontiguousarray(self.starts))
-        digest.update(np.ascontiguousarray(self.items).view(np.uint8))
+        digest.update(np.ascontiguousarray(self.starts).data)
+        digest.update(np.ascontiguousarray(self.items).view(np.uint8).data)
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -289,7 +289,8 @@ def _count(kinds: list[Kind], codes: Numbers) -> dict[Kind, int]:
 
 def _is(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.bool_]:
     names, codes = _names(column)
-    return codes == (names.index(name) if name in names else -1)
+    found: npt.NDArray[np.bool_] = codes == (names.index(name) if name in names else -1)
+    return found
 
 
 def _names(column: pa.ChunkedArray) -> tuple[list[str], Numbers]:
