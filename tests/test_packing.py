@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from made_up_lengths import lengths
 
@@ -60,17 +61,22 @@ def test_long_samples_find_company_while_there_are_short_ones() -> None:
     assert [tokens[one].sum() for one in made] == [1000] * 50
 
 
-def test_hardly_anything_waits_and_not_for_long() -> None:
+@pytest.mark.parametrize(("family", "pack_length"), [("vqa", 2048), ("multi_turn", 512), ("caption", 4096)])
+def test_hardly_anything_waits_and_not_for_long(family: str, pack_length: int) -> None:
     """What waits keeps its row group in memory, so it must be in the first packs of the next window."""
-    tokens, pictures = mix(6_000)
-    packer = Packer(Limits(2048, 30), [0])
-    for first in range(0, 6_000, 1_000):
-        some = np.arange(first, first + 1_000, dtype=np.int32)
+    table = lengths({("s", family): 6_000}).filter(pc.field("tokens") <= pack_length)
+    tokens, pictures = table["tokens"].to_numpy(), table["pictures"].to_numpy()
+    packer = Packer(Limits(pack_length, 99), [0])
+    waited = []
+    for first in range(0, len(tokens), 1_000):
+        some = np.arange(first, min(first + 1_000, len(tokens)), dtype=np.int32)
         made = packer.add(some, tokens[some], pictures[some])
         old = [place for place, one in enumerate(made) if min(one) < first]
-        assert max(old, default=0) <= 3 * WAITING_PACKS
-        assert min(min(one) for one in made) >= first - 1_000
         assert old == list(range(len(old)))
+        assert len(old) <= len(made) // 3
+        assert min(min(one) for one in made) >= first - 1_000
+        waited.append(sum(int(tokens[number]) for one in made for number in one if number < first))
+    assert max(waited) <= WAITING_PACKS * pack_length
 
 
 def test_the_same_lengths_give_the_same_packs() -> None:

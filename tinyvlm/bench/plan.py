@@ -266,7 +266,8 @@ def _balance(made: Any, world: int) -> float:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["mix", "pack", "samples", "packs", "filled", "pictures a pack", "seconds", "peak", "read ÷ used", "window"]
+    head = ["mix", "pack", "samples", "packs", "filled", "pictures", "seconds", "peak memory", "bytes read ÷ used"]
+    head += ["window of 1, of 8 workers", "balance of 8"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         ratios = ", ".join(f"{one['workers']}: {one['ratio']:.2f}" for one in row["reading"])
@@ -276,11 +277,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['samples']:,}",
             f"{row['packs']:,}",
             f"{row['fill']:.2%}",
-            f"at most {row['pictures_per_pack']}",
+            f"≤ {row['pictures_per_pack']}",
             f"{row['read_s'] + row['build_s'] + row['save_s']:.1f}",
             f"{row['peak_bytes'] / 2**30:.2f} GiB",
             ratios,
             f"{row['reading'][0]['window_bytes'] / 1e9:.1f} GB, {row['reading'][-1]['window_bytes'] / 1e9:.1f} GB",
+            f"{row['balance'][max(row['balance'], key=int)]:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Several samples in one sequence, from lengths alone: packs that hold so many tokens and so many pictures at most.
 
     samples of a window, shuffled ──▶ the longest first, some in their order, the last ones by best fit ──▶ full packs
-                                      └── the few that would not fill packs well wait for the next window
+                                      └── the few that would not fill packs well wait, and open the next window's
 
 Filling a pack is a knapsack with two limits.  Long samples open packs while there are short ones to keep them
 company; the middle is drawn in the shuffled order; from a few samples' room on, the longest that fits is taken, so that
@@ -61,7 +61,7 @@ class Packer:
         numbers, tokens, pictures = (
             old + new for old, new in zip(self._waiting, (numbers, tokens, pictures), strict=True)
         )
-        window = _Window(tokens, pictures, self.limits)
+        window = _Window(tokens, pictures, num_waiting, self.limits)
         late: list[list[int]] = []
         early: list[list[int]] = []
         while window.tokens_left > may_wait:
@@ -83,11 +83,12 @@ class Packer:
 class _Window:
     """Samples to choose from, by place, by length, and by number of pictures."""
 
-    def __init__(self, tokens: list[int], pictures: list[int], limits: Limits) -> None:
+    def __init__(self, tokens: list[int], pictures: list[int], num_waiting: int, limits: Limits) -> None:
         self.tokens, self.pictures, self.limits = tokens, pictures, limits
         self.tokens_left = sum(tokens)
         self.taken = bytearray(len(tokens))
         self._head = 0
+        self._waiting = sorted(range(num_waiting), key=lambda place: tokens[place])
         self._mean = max(1, self.tokens_left // max(1, len(tokens)))
         self._places: dict[int, dict[int, list[int]]] = {}
         self._counts: dict[int, dict[int, int]] = {}
@@ -104,7 +105,11 @@ class _Window:
         self._room, self._pictures = self.limits.tokens, self.limits.pictures
         self._samples = self.limits.samples or len(self.tokens)
         self._pack: list[int] = []
-        self._take_best(self._room)
+        while self._waiting and not self._pack:
+            if not self.taken[place := self._waiting.pop()]:
+                self._take(place)
+        if not self._pack:
+            self._take_best(self._room)
         self._take_in_order(int(CLOSING_SAMPLES * self._mean))
         while self._samples and self._room:
             number = max(1, round(self._room / self._mean))
