@@ -53,6 +53,13 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     return path
 
 
+def test_a_caption_that_is_not_a_number_is_none(tmp_path: Path) -> None:
+    """As pandas writes a column of captions that are all missing, or are numbers."""
+    table = pa.table({"link": ["http://a/1", "http://a/2"], "text": [float("nan"), 7.0], "size": [1, 2]})
+    pq.write_table(table, tmp_path / "links.parquet")
+    assert rows_of(tmp_path / "links.parquet", CONFIG, tmp_path / "out")["caption"].to_pylist() == [None, "7"]
+
+
 def rows_of(path: Path, config: LinksConfig, root: Path) -> pa.Table:
     source = open_links(path, config, root)
     rows = pa.concat_tables([read_rows(part.path, part.offset, part.num_rows) for part in source.parts])

@@ -26,7 +26,7 @@ def routed(
     router, rows = Router(rows_per_part), links_table(urls)
     for start in range(0, len(urls), batch):
         router.count(rows["url"].slice(start, batch))
-    with SortedParts(folder / "sorting", schema.LINKS, router.num_rows) as parts:
+    with SortedParts(folder / "sorting", schema.LINKS, num_bytes=rows.nbytes) as parts:
         for start in range(0, len(urls), batch):
             part = rows.slice(start, batch)
             parts.add(part, router.routes(part))
@@ -68,8 +68,8 @@ def test_sorting_through_many_files_changes_nothing(
     urls: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once, _ = routed(urls, tmp_path / "a", rows_per_part=300, batch=10**6)
-    monkeypatch.setattr(routing, "_ROWS_PER_BUCKET", 700)
-    monkeypatch.setattr(routing, "_WAITING_ROWS", 1000)
+    monkeypatch.setattr(routing, "_BYTES_PER_BUCKET", 40_000)
+    monkeypatch.setattr(routing, "_WAITING_BYTES", 60_000)
     in_pieces, _ = routed(urls, tmp_path / "b", rows_per_part=300, batch=170)
     assert [part.to_pylist() for part in in_pieces] == [part.to_pylist() for part in at_once]
 

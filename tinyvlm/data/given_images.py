@@ -12,6 +12,7 @@ import base64
 import binascii
 import posixpath
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,15 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from tinyvlm import images, schema, storage
+from tinyvlm.data import hub
 from tinyvlm.data.decoding import Decoded, Decoders
-from tinyvlm.data.sources import GivenImage
+from tinyvlm.data.sources import GivenImage, StoredImage
 
+_COCO = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)")
+"""COCO's pictures are called by their number alone since 2017; in 2014 their names said the split too."""
+_LINK = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_MAX_NAME = 120
+"""Characters of a name in a sentence."""
 _DATA = re.compile(r"data:[^,;]*((?:;[^,;]*)*),", re.IGNORECASE)
 
 
@@ -70,9 +77,12 @@ class GivenImages:
         """The bytes of a picture."""
         if isinstance(image, bytes):
             return image
+        if isinstance(image, StoredImage):
+            # As if prepare.images had no other folder for it.
+            return self._of_file(image.name, {"": storage.address(image.folder), **self.folders})
         if image[:5].lower() == "data:":
             return _of_data_address(image)
-        return self._of_file(image)
+        return self._of_file(image, self.folders)
 
     def close(self) -> None:
         """End the decoder processes."""
@@ -83,37 +93,58 @@ class GivenImages:
             return Decoded(**{**vars(decoded), "image": body})
         return decoded
 
-    def _of_file(self, name: str) -> bytes | Unreadable:
-        found = self._place(name)
+    def _of_file(self, name: str, folders: Mapping[str, Path]) -> bytes | Unreadable:
+        found = _place(name, folders)
         if isinstance(found, Unreadable):
             return found
-        try:
-            size = storage.sizes(found.parent).get(found.name) if storage.is_object(found) else found.stat().st_size
-            if size is not None and size > self.limits.max_bytes:
-                return Unreadable("too_large", f"{size} bytes, {self.limits.max_bytes} allowed")
-            return storage.read(found)
-        except FileNotFoundError:
-            return Unreadable("no_picture", f"{name} is not in {found.parent}")
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            return Unreadable("unreadable", f"{name}: {getattr(error, 'strerror', None) or error}")
+        shown, names = name[:_MAX_NAME], _names_of(found.name)
+        for path in (found.with_name(each) for each in names):
+            try:
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+                    return Unreadable("unreadable", f"{shown} is no file")
+                if status.st_size > self.limits.max_bytes:
+                    return Unreadable("too_large", f"{status.st_size} bytes, {self.limits.max_bytes} allowed")
+                return storage.read(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                return Unreadable("unreadable", f"{shown}: {getattr(error, 'strerror', None) or error}")
+        tried = f", nor {' or '.join(names[1:])}" if names[1:] else ""
+        return Unreadable("no_picture", f"{shown} is not in {found.parent}{tried}")
 
-    def _place(self, name: str) -> Path | Unreadable:
-        """Where a named picture lies; a name never leads out of its folder."""
-        clean = posixpath.normpath(name.replace("\\", "/"))
-        fitting = [prefix for prefix in self.folders if not prefix or f"{clean.strip('/')}/".startswith(f"{prefix}/")]
-        if not fitting:
-            known = ", ".join(repr(prefix) for prefix in self.folders) or "none"
-            return Unreadable("no_picture", f"{name} is under no folder of prepare.images (there are {known})")
-        prefix = max(fitting, key=len)
-        folder = self.folders[prefix]
-        if clean.startswith("/") and not storage.is_object(folder):  # whole paths are taken when they lead there
-            whole, root = Path(clean), folder.absolute()
-            if whole.is_relative_to(root):
-                return whole
-        rest = clean.strip("/").removeprefix(prefix).lstrip("/")
-        if rest.startswith("..") or not rest or rest == ".":
-            return Unreadable("no_picture", f"{name} leads out of {folder}")
-        return folder / rest
+
+def _place(name: str, folders: Mapping[str, Path]) -> Path | Unreadable:
+    """Where a named picture lies; a name never leads out of its folder."""
+    said = name[:_MAX_NAME]
+    if _LINK.match(name):
+        return Unreadable("no_picture", f"{said} is a link, and prepare fetches none: download it, and name the file")
+    clean = posixpath.normpath(name.replace("\\", "/"))
+    fitting = [prefix for prefix in folders if not prefix or f"{clean.strip('/')}/".startswith(f"{prefix}/")]
+    if not fitting:
+        known = ", ".join(repr(prefix) for prefix in folders) or "none"
+        return Unreadable("no_picture", f"{said} is under no folder of prepare.images (there are {known})")
+    prefix = max(fitting, key=len)
+    folder = folders[prefix]
+    if hub.is_pinned(folder):
+        return Unreadable("no_picture", f"{said} lies on the hub, beside its file: `hf download` it all, and read that")
+    if clean.startswith("/") and not storage.is_object(folder):  # whole paths are taken when they lead there
+        whole, root = Path(clean), folder.absolute()
+        if whole.is_relative_to(root):
+            return whole
+    rest = clean.strip("/").removeprefix(prefix).lstrip("/")
+    if rest == ".." or rest.startswith("../") or rest in ("", "."):
+        return Unreadable("no_picture", f"{said} leads out of {folder}")
+    return folder / rest
+
+
+def _names_of(name: str) -> list[str]:
+    """A file's name, and the other names that a picture of COCO has."""
+    found = _COCO.fullmatch(name)
+    if found is None:
+        return [name]
+    number = found[1]
+    return list(dict.fromkeys([name, number, f"COCO_train2014_{number}", f"COCO_val2014_{number}"]))
 
 
 def _of_data_address(text: str) -> bytes | Unreadable:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
@@ -38,6 +39,8 @@ STAGE = "links"
 VERSION = 2
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 _BATCH_ROWS = 20_000
+_BYTES_PER_LINK = 160
+"""A guess, for how many files the sorting goes through."""
 _BLOCK_BYTES = 16 << 20
 """How much of a CSV or JSONL file is parsed at a time; no single row may be larger."""
 
@@ -147,7 +150,8 @@ def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router
     """The list's rows as parts: hosts together, copies of a link in one part (see routing.py)."""
     for urls in _urls(files, config):
         router.count(urls)
-    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, router.num_rows) as parts:
+    num_bytes = router.num_rows * _BYTES_PER_LINK
+    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, num_bytes=num_bytes) as parts:
         for rows in _rows(files, config):
             parts.add(rows, router.routes(rows))
         yield from parts.parts(config.rows_per_part)
@@ -212,7 +216,10 @@ def _normalise(rows: pa.RecordBatch, config: LinksConfig, first_key: int) -> pa.
 
 def _cast(rows: pa.RecordBatch, column: str, kind: pa.DataType, wanted: str) -> pa.Array:
     try:
-        return rows[column].cast(kind)
+        values = rows[column]
+        if pa.types.is_floating(values.type) and pa.types.is_string(kind):  # "not a number" is no word
+            values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+        return values.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"The column {column!r} wants {wanted}, but holds {rows[column].type}: {reason}") from None

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -29,10 +30,13 @@ from tinyvlm.config import speed
 from tinyvlm.data import sources
 from tinyvlm.data.contamination import Evaluated
 from tinyvlm.data.conversations import check, to_columns
-from tinyvlm.data.decoding import Decoded
+from tinyvlm.data.decoding import MAX_DETAIL, Decoded
 from tinyvlm.data.given_images import GivenImages
+from tinyvlm.data.pictures.bodies import read_bodies
+from tinyvlm.data.pictures.found import PicturesConfig
 from tinyvlm.data.records import read_records
-from tinyvlm.data.sources import Dialogue, FileSource, PictureSource, SourceRow
+from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, storable
+from tinyvlm.data.sources.catalogue import SourceName, open_source
 from tinyvlm.errors import ConfigError, DataError, InputError
 from tinyvlm.stage import Stage
 from tinyvlm.storage import address
@@ -43,8 +47,8 @@ if TYPE_CHECKING:
 
 KEYS_PER_ROW = 1000
 """How many conversations one input row may have; a conversation's key tells its row's."""
-
-SourceName = Literal["captions", "easy_vqa", "m3it"]
+_DIALOGUES_AT_ONCE = 64
+"""Conversations whose pictures are in memory together, as they came."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,9 @@ class PrepareConfig:
     """What is read, what is said about each picture, and what is held out."""
 
     source: SourceName = "captions"
-    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `m3it`: files of M3IT."""
+    """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `messages`, `sharegpt`:
+    conversations of your own; `folder`: pictures with captions beside them; `auto`: what the input looks like; others:
+    the files of that dataset (docs/datasets.md)."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
@@ -135,23 +141,28 @@ class Prepare(Stage):
         picture: images.PictureConfig | None = None,
         limits: images.LimitConfig | None = None,
         model: ModelConfig | None = None,
+        pictures: PicturesConfig | None = None,
     ) -> None:
-        """`model`: whose tokens are counted; None: nobody's."""
+        """`model`: whose tokens are counted; None: nobody's.  `pictures`: how a source's pictures and captions lie."""
         self.config = config
+        pictures = pictures or PicturesConfig()
+        self.pictures = pictures if config.limit is None else replace(pictures, limit=config.limit)
         self.source = source or open_source(config)
         self.picture, self.limits = picture or images.PictureConfig(), limits or images.LimitConfig()
         self.model = model if config.count_tokens else None
         self.pointer = f"{self.name}.{config.called}"
-        self.reads = ("records",) if isinstance(self.source, FileSource) else ("encode",)
+        self.reads = (self.source.reads,)
         counted = (self.model.tokenizer or self.model.language, self.model.num_image_tokens) if self.model else None
         self.settings = {"prepare": config, "tokens": counted}
-        if isinstance(self.source, FileSource):
+        if self.source.reads != "encode":
             self.settings |= {"picture": self.picture.stored, "limits": self.limits, "resizer": images.resizer()}
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Prepare:
         """The stage with a recipe's settings."""
-        return cls(recipe.prepare, picture=recipe.picture, limits=recipe.limits, model=recipe.model)
+        return cls(
+            recipe.prepare, picture=recipe.picture, limits=recipe.limits, model=recipe.model, pictures=recipe.pictures
+        )
 
     def reading(self, stage_name: str) -> Prepare:
         """The same stage over the pictures of another one: `preprocess`."""
@@ -166,13 +177,16 @@ class Prepare(Stage):
         _ = self._processor
 
     def select(self, rows: pa.Table) -> pa.Table:
-        """Of the line's pictures the usable ones; of records all, so that bad ones are seen in the outcome too."""
-        return rows if "record" in rows.column_names else super().select(rows)
+        """Of the line's pictures the usable ones; of a listing all, so that bad ones are seen in the outcome too."""
+        return rows if "file" in rows.column_names else super().select(rows)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Map input rows to conversations."""
         images.quiet_pillow()
-        given = self._of_records(rows) if "record" in rows.column_names else self._of_pictures(rows)
+        if "record" in rows.column_names:
+            given = self._of_records(rows)
+        else:
+            given = self._of_listing(rows) if "file" in rows.column_names else self._of_pictures(rows)
         made = [self._row(key, number, one, shown) for key, number, one, shown in given]
         made.sort(key=_order)
         return pa.Table.from_pylist(made, schema=self.writes)
@@ -224,6 +238,22 @@ class Prepare(Stage):
                 shows = any(isinstance(part, Picture) for message in one.messages for part in message.parts)
                 yield row["key"], number, check(one, int(shows)), [picture] if shows else []
 
+    def _of_listing(self, rows: pa.Table) -> Iterator[tuple[int, int, Dialogue, list[Decoded]]]:
+        """The same from pictures that lie elsewhere, a few in memory at a time."""
+        assert not isinstance(self.source, FileSource)
+        listed = rows.select(["key", "caption", "meta"]).to_pylist()
+        pairs = zip(listed, read_bodies(rows, self.limits.max_bytes), strict=True)
+        while chunk := list(itertools.islice(pairs, _DIALOGUES_AT_ONCE)):
+            told = []
+            for row, body in chunk:
+                if body.data is None:
+                    said = [Dialogue("caption", "train", (), status=body.status, detail=body.detail)]
+                else:
+                    said = _some(self.source.dialogues(SourceRow(row["key"], row["caption"], _parse(row["meta"]))))
+                    said = [check(replace(one, images=(body.data,)), 1) for one in said]
+                told += [(row["key"], number, one) for number, one in enumerate(said)]
+            yield from self._with_pictures(told)
+
     def _of_records(self, rows: pa.Table) -> Iterator[tuple[int, int, Dialogue, list[Decoded]]]:
         """The same from records."""
         assert isinstance(self.source, FileSource)
@@ -232,14 +262,24 @@ class Prepare(Stage):
         for row, record in zip(listed, read_records(rows, self.config.columns), strict=True):
             said = _some(self._said(row, record))
             told += [(row["key"], number, check(one, len(one.images))) for number, one in enumerate(said)]
-        usable = [image for _, _, one in told if one.status == schema.OK for image in one.images]
-        finished = self._images.finish(usable)
-        for key, number, one in told:
-            shown = [finished[image] for image in one.images] if one.status == schema.OK else []
-            bad = next((image for image in shown if image.status != schema.OK), None)
-            if bad is not None:
-                one = replace(one, status=bad.status, detail=bad.detail)
-            yield key, number, one, shown
+        yield from self._with_pictures(told)
+
+    def _with_pictures(
+        self, told: Sequence[tuple[int, int, Dialogue]]
+    ) -> Iterator[tuple[int, int, Dialogue, list[Decoded]]]:
+        """With each dialogue's pictures; as many dialogues at a time as pictures' files may well be in memory."""
+        finished: dict[GivenImage, Decoded] = {}
+        for start in range(0, len(told), _DIALOGUES_AT_ONCE):
+            chunk = told[start : start + _DIALOGUES_AT_ONCE]
+            usable = {image: None for _, _, one in chunk if one.status == schema.OK for image in one.images}
+            before = {image: finished[image] for image in usable if image in finished}  # equal pictures are neighbours
+            finished = before | self._images.finish(image for image in usable if image not in before)
+            for key, number, one in chunk:
+                shown = [finished[image] for image in one.images] if one.status == schema.OK else []
+                bad = next((image for image in shown if image.status != schema.OK), None)
+                if bad is not None:
+                    one = replace(one, status=bad.status, detail=bad.detail)
+                yield key, number, one, shown
 
     def _said(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> Sequence[Dialogue]:
         assert isinstance(self.source, FileSource)
@@ -267,7 +307,7 @@ class Prepare(Stage):
         return {
             "key": key * KEYS_PER_ROW + number,
             "status": one.status,
-            "detail": one.detail,
+            "detail": None if one.detail is None else storable(one.detail[:MAX_DETAIL]),
             "source_key": key,
             "source": f"{self.config.called}/{one.subset}" if one.subset else self.config.called,
             "family": one.family,
@@ -278,9 +318,7 @@ class Prepare(Stage):
                 for image in shown
             ],
             "tokens": num_tokens,
-            "meta": json.dumps(one.meta, ensure_ascii=False, separators=(",", ":"), default=str)
-            .encode("utf-8", "replace")
-            .decode(),
+            "meta": storable(json.dumps(one.meta, ensure_ascii=False, separators=(",", ":"), default=str)),
         }
 
     def _measured(self, one: Dialogue) -> tuple[Dialogue, int | None]:
@@ -302,21 +340,6 @@ class Prepare(Stage):
         pictures = "".join(sorted(image.sha256 or "" for image in shown))
         by = one.held_out_by or pictures or "\n".join(message.text for message in one.messages)
         return "validation" if sources.share("held out", by) < self.config.validation_share else "train"
-
-
-def open_source(config: PrepareConfig) -> PictureSource | FileSource:
-    """The reader that the settings name."""
-    if config.source == "easy_vqa":
-        from tinyvlm.data.sources.easy_vqa import EasyVQA
-
-        return EasyVQA(config)
-    if config.source == "m3it":
-        from tinyvlm.data.sources.m3it import M3IT
-
-        return M3IT(config)
-    from tinyvlm.data.sources.captions import Captions
-
-    return Captions(config)
 
 
 def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:

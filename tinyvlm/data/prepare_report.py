@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from tinyvlm import schema
@@ -20,6 +21,12 @@ from tinyvlm.schema import FAMILIES, SPLITS
 
 QUESTIONS = ("vqa", "multi_turn")
 """Families in which easy-VQA's questions are asked about a picture."""
+COLUMNS = (
+    *("status", "detail", "source_key", "source", "family", "split", "messages", "tokens", "meta"),
+    "images.list.element.sha256",
+)
+MAX_REFUSED = 5
+"""Rows of each status that are shown with their reasons."""
 LENGTH_EDGES = (0, 16, 32, 64, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 1 << 31)
 """Edges of the bins of tokens a conversation."""
 
@@ -37,10 +44,11 @@ def prepare_statistics(folder: Path, in_source: Mapping[str, Mapping[int, int]])
     shown, distinct = 0, set[str]()
     ledger = Ledger(in_source)
     told_about: set[int] = set()
-    for table in scan(folder, ("status", "source_key", "source", "family", "split", "messages", "tokens", "meta",
-                               "images.list.element.sha256")):  # fmt: skip
+    refused: list[dict[str, Any]] = []
+    for table in scan(folder, COLUMNS):
         usable = pc.equal(table["status"], schema.OK)
         bad, table = table.filter(pc.invert(usable)), table.filter(usable)
+        refused += _refused(bad, Counter(one["status"] for one in refused))
         set_aside.update(zip(bad["source"].to_pylist(), bad["status"].to_pylist(), strict=True))
         counted.update(
             zip(table["source"].to_pylist(), table["family"].to_pylist(), table["split"].to_pylist(), strict=True)
@@ -70,6 +78,7 @@ def prepare_statistics(folder: Path, in_source: Mapping[str, Mapping[int, int]])
         "pictures_shown": shown,
         "pictures_distinct": len(distinct),
         "questions": ledger.account(),
+        "set_aside_examples": sorted(refused, key=lambda one: (one["status"], one["source_key"])),
         "charts": _charts(counted, set_aside, answers, lengths),
         **_examples(folder),
     }
@@ -148,6 +157,15 @@ class Ledger:
 def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
     labels, values = [name for name, _ in counted], [number for _, number in counted]
     return {"kind": "bar", "title": title, "labels": labels, "values": values}
+
+
+def _refused(bad: pa.Table, told: Counter[str]) -> list[dict[str, Any]]:
+    """Rows that were set aside, and why: of each status the first few that are not among those told already."""
+    found: list[dict[str, Any]] = []
+    for status in pc.unique(bad["status"]).to_pylist():
+        of_it = bad.filter(pc.equal(bad["status"], status)).slice(0, max(0, MAX_REFUSED - told[status]))
+        found += of_it.select(["status", "source", "source_key", "detail"]).to_pylist()
+    return found
 
 
 def _examples(folder: Path, per_family: int = 6) -> dict[str, Any]:

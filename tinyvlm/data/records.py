@@ -11,6 +11,7 @@ names, sizes and times of change of the files (of a dataset on the hub, its comm
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -23,7 +24,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import ijson
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,9 +31,11 @@ import pyarrow.parquet as pq
 from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
+from tinyvlm.data.json_array import ArrayError, read_array
 from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.routing import SortedParts
-from tinyvlm.data.sources import FileSource, drawn, require_fields
+from tinyvlm.data.sources import FileSource, drawn, require_fields, storable
+from tinyvlm.data.sources.catalogue import fitting
 from tinyvlm.errors import DataError
 from tinyvlm.folders import Input, is_finished
 
@@ -50,9 +52,6 @@ any others, which is less."""
 _ROWS_AT_A_TIME = 1_000
 _PARQUET_ROWS_AT_A_TIME = 16
 _READ_BYTES = 4 << 20
-_BYTES_PER_RECORD = 2_000
-"""A guess, for how many files the sorting goes through."""
-
 Place = tuple[int, int | None]
 """Offset and length in bytes, or a row's number and None."""
 
@@ -148,8 +147,8 @@ class _Lister:
                 same = self.source.outline(record, file).same
                 if same is not None:
                     self._seen.setdefault(drawn(same), -1)
-        num_rows = sum(next(iter(_stat(file)), 1 << 30) for file in self.files) // _BYTES_PER_RECORD
-        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_rows) as parts:
+        num_bytes = sum(next(iter(_stat(file)), 1 << 30) for file in self.files)
+        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_bytes=num_bytes) as parts:
             rows = itertools.islice(self._rows(), self.config.limit)
             while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
                 routes = np.array([row.pop("route") for row in chunk], np.uint64)
@@ -169,18 +168,21 @@ class _Lister:
         def rows_of(file: str) -> Iterable[tuple[Place, Mapping[str, Any]]]:
             for place, record in read_rows(file, self.config.columns):
                 if file not in checked and record:
-                    require_fields(record, self.source.required, file)
+                    require_fields(record, self.source.required, file, fitting(record))
                     checked.add(file)
                 yield place, record
 
         for key, (file, place, record) in enumerate(self.source.records(self.files, rows_of)):
-            yield self._row(key, file, place, record)
+            try:
+                yield self._row(key, file, place, record)
+            except RecursionError:
+                yield self._bad(key, file, place, "bad_record", "nested too deeply")
 
     def _row(self, key: int, file: str, place: Place | None, record: Mapping[str, Any]) -> dict[str, Any]:
         if not record:
             return self._bad(key, file, place, "bad_record", "no JSON object")
         outline = self.source.outline(record, file)
-        meta = _storable(json.dumps(outline.about, ensure_ascii=False))
+        meta = storable(_to_json(outline.about))
         if outline.status != schema.OK:
             return self._bad(key, file, place, outline.status, outline.detail, meta)
         if outline.same is not None:
@@ -189,7 +191,7 @@ class _Lister:
                 which = "a record of prepare.known" if first < 0 else f"record {first}"
                 return self._bad(key, file, place, "duplicate", f"says the same as {which}", meta)
         is_long = place is not None and place[1] is not None and place[1] > MAX_COPIED_BYTES
-        text = None if is_long or _has_bytes(record) else json.dumps(record, ensure_ascii=False)
+        text = None if is_long else _as_json(record)
         if text is not None and len(text) > MAX_COPIED_BYTES and place is not None and _can_seek(file):
             text = None
         lies = {"record": text} if text is not None else {"file": file, "offset": place[0], "length": place[1]}  # type: ignore[index]
@@ -202,6 +204,7 @@ class _Lister:
         self, key: int, file: str, place: Place | None, status: str, detail: str | None, meta: str = "{}"
     ) -> dict[str, Any]:
         where = {"file": file, "offset": place[0], "length": place[1]} if place else {"file": file}
+        detail = None if detail is None else storable(detail)
         return {"key": key, "status": status, "detail": detail, **where, "meta": meta, "route": drawn(key)}
 
 
@@ -216,21 +219,26 @@ def _within(part: pa.Table, max_bytes: int) -> Iterator[pa.Table]:
         start = end
 
 
-def _has_bytes(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_bytes(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_has_bytes(item) for item in value)
-    return isinstance(value, bytes)
+def _plain(value: Any) -> str:
+    """What JSON cannot say: dates, which Parquet may hold and no reader wants, become words; bytes stay away."""
+    if isinstance(value, bytes):
+        raise TypeError("bytes")
+    return str(value)
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
+
+
+def _as_json(record: Mapping[str, Any]) -> str | None:
+    """None where there are bytes in it."""
+    try:
+        return storable(_to_json(record))
+    except TypeError:
+        return None
 
 
 def _can_seek(file: str) -> bool:
     return file.endswith((".jsonl", ".ndjson", ".parquet"))
-
-
-def _storable(text: str) -> str:
-    """Without halves of characters, which no file can store."""
-    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
@@ -293,7 +301,7 @@ def _speaking(file: str) -> Iterator[None]:
     try:
         with trouble:
             yield
-    except (pa.ArrowException, OSError, ijson.JSONError, csv.Error, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ArrayError, csv.Error, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file} cannot be read as {Path(file).suffix[1:] or 'JSON'}: {reason}") from error
 
@@ -302,6 +310,8 @@ def _lines(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     with open_file(file) as raw, io.BufferedReader(cast(io.RawIOBase, raw), _READ_BYTES) as lines:
         offset = 0
         for line in lines:
+            if not offset and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{file} is written in UTF-16; save it as UTF-8.")
             if line.strip():
                 yield (offset, len(line)), parse(line)
             offset += len(line)
@@ -319,14 +329,17 @@ def parse(text: bytes | str) -> dict[str, Any]:
 def _array(file: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     """An array of objects; JSON lines under that name are read too."""
     with open_file(file) as raw:
-        first = raw.read(_READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+        first = raw.read(_READ_BYTES)
+        first = first.removeprefix(codecs.BOM_UTF8).lstrip()
+        if first[:1] == b"{" and b"\n" not in first:
+            first += raw.readline()
     if first[:1] == b"{":
         if not parse(first.split(b"\n")[0]):
             raise DataError(f"{file} is one JSON object; an array of records was wanted, or one record a line.")
         yield from _lines(file)
         return
     with open_file(file) as raw:
-        for number, record in enumerate(ijson.items(raw, "item", use_float=True, buf_size=_READ_BYTES)):
+        for number, record in enumerate(read_array(raw, _READ_BYTES)):
             yield (number, None), record if isinstance(record, dict) else {}
 
 

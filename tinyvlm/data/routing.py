@@ -26,10 +26,11 @@ Hashes = NDArray[np.uint64]
 
 _COUNTERS = 1 << 22
 """Hosts are counted by hash; two that share a counter may make a giant too many, which costs nothing but its place."""
-_ROWS_PER_BUCKET = 400_000
+_BYTES_PER_BUCKET = 32 << 20
+"""A bucket is sorted in memory, and takes a few times this."""
 _MAX_BUCKETS = 256
 """Files that are open at a time while sorting."""
-_WAITING_ROWS = 200_000
+_WAITING_BYTES = 32 << 20
 _MOST_TIMES = 4
 """A part has at most so many times its usual rows: a link with more copies is asked for once in each of its parts."""
 
@@ -76,12 +77,13 @@ class Router:
 class SortedParts:
     """Sorts rows by route through files in `folder`, and cuts them into parts.  Use as a context manager."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, num_rows: int) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, *, num_bytes: int) -> None:
+        """`num_bytes`: about how large all rows are; it decides through how many files they go, and nothing else."""
         self.folder, self.schema = folder, schema.append(pa.field("route", pa.uint64()))
-        self._num_buckets = min(_MAX_BUCKETS, -(-max(1, num_rows) // _ROWS_PER_BUCKET))
+        self._num_buckets = min(_MAX_BUCKETS, -(-max(1, num_bytes) // _BYTES_PER_BUCKET))
         self._files: dict[int, Any] = {}
         self._waiting: list[pa.Table] = []
-        self._num_waiting = 0
+        self._waiting_bytes = 0
         folder.mkdir(parents=True)
 
     def __enter__(self) -> SortedParts:
@@ -94,8 +96,8 @@ class SortedParts:
     def add(self, rows: pa.Table, routes: Hashes) -> None:
         """Some more rows of the schema, each with its route."""
         self._waiting.append(rows.append_column("route", pa.array(routes)))
-        self._num_waiting += rows.num_rows
-        if self._num_waiting >= _WAITING_ROWS:
+        self._waiting_bytes += rows.nbytes
+        if self._waiting_bytes >= _WAITING_BYTES:
             self._spill()
 
     def parts(self, rows_per_part: int) -> Iterator[pa.Table]:
@@ -128,7 +130,7 @@ class SortedParts:
         if not self._waiting:
             return
         rows = pa.concat_tables(self._waiting)
-        self._waiting, self._num_waiting = [], 0
+        self._waiting, self._waiting_bytes = [], 0
         # Buckets in the order of routes: the high bits decide.
         buckets = (rows["route"].to_numpy() >> np.uint64(32)) * np.uint64(self._num_buckets) >> np.uint64(32)
         order = np.argsort(buckets, kind="stable")

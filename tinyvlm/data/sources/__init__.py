@@ -47,8 +47,20 @@ CAPTION_PROMPTS = (
 )
 """The twenty prompts of the published system."""
 
-GivenImage = bytes | str
-"""A picture as a record gives it: a file's bytes, or the name of a file (`prepare.images` says where those are)."""
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture in a file beside the file of its record."""
+
+    name: str
+    """The file's name."""
+    folder: str
+    """Where names lie that `prepare.images` does not know."""
+
+
+GivenImage = bytes | str | StoredImage
+"""A picture as a record gives it: a file's bytes, a `data:` address, or the name of a file (`prepare.images` says
+where those are, or else the record's own folder)."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,11 @@ class SourceRow:
 
 
 class PictureSource(Protocol):
-    """A reader of finished pictures' rows.  Heavy files are read on first use."""
+    """A reader of pictures' rows.  Heavy files are read on first use."""
 
     name: str
+    reads: str
+    """The rows: "encode", finished pictures of the line; "pictures", a listing of those that lie elsewhere."""
 
     def dialogues(self, row: SourceRow) -> Sequence[Dialogue]:
         """All that is said about one picture; at least one entry, with a status when nothing can be said."""
@@ -110,6 +124,7 @@ class FileSource:
 
     name: str
     """As `prepare.source` names it."""
+    reads = "records"
     suffixes: tuple[str, ...] = (".json", ".jsonl", ".ndjson", ".parquet", ".csv")
     """Files that are read; in a folder others are passed over."""
     required: tuple[str, ...] = ()
@@ -152,24 +167,44 @@ class RowReader(Protocol):
     def __call__(self, file: str) -> Iterable[tuple[Any, Mapping[str, Any]]]: ...
 
 
-def require_fields(record: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """Raises DataError when a field is missing, naming it and those that are there."""
+def require_fields(record: Mapping[str, Any], names: Sequence[str], where: str, fitting: Sequence[str] = ()) -> None:
+    """Raises DataError when a field is missing, naming it, those that are there, and the sources that want those."""
     missing = [name for name in names if name not in record]
-    if missing:
-        raise DataError(
-            f"{where} has no field {missing[0]!r}; it has {', '.join(map(str, record)) or 'none'}. "
-            "Is prepare.source the right one?  A field with another name is told by, for example, "
-            f'--set prepare.columns=\'{{"{missing[0]}": "its name"}}\'.'
-        )
+    if not missing:
+        return
+    remedy = (
+        f"Such records are read with --set prepare.source={' or '.join(fitting)}"
+        if fitting
+        else ("Is prepare.source the right one")
+    )
+    raise DataError(
+        f"{where} has no field {missing[0]!r}; it has {fields_of(record)}. "
+        f"{remedy}{'.' if fitting else '?'}  A field with another name is told by, for example, "
+        f'--set prepare.columns=\'{{"{missing[0]}": "its name"}}\'.'
+    )
+
+
+def fields_of(record: Mapping[str, Any]) -> str:
+    """Names of a record's fields, for a sentence."""
+    names = [str(name)[:40] for name in record]
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return storable(", ".join(names[:12]) + more) or "none"
+
+
+def storable(text: str) -> str:
+    """Without halves of characters, which no file can store."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def text_of(value: Any) -> str:
     """A field's words: "" for what is missing or not a number, never "None" or "nan"; numbers as they are written."""
+    if isinstance(value, str) and value.isascii():  # nearly all there is
+        return value.strip()
     if value is None or isinstance(value, (list, dict, bytes)) or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).encode("utf-8", "replace").decode().strip()
+    return storable(str(value)).strip()
 
 
 def drawn(*parts: object) -> int:

@@ -19,6 +19,8 @@ class Captions:
     """The reader; it needs no file of its own."""
 
     name = "captions"
+    reads = "encode"
+    without_caption = "the link list has no caption for it"
 
     def __init__(self, config: PrepareConfig) -> None:
         self.config = config
@@ -31,6 +33,6 @@ class Captions:
         """One caption conversation, or its reason why not."""
         caption = (row.caption or "").strip()
         if not caption:
-            return [Dialogue("caption", "train", (), status="bad_text", detail="the link list has no caption for it")]
+            return [Dialogue("caption", "train", (), status="bad_text", detail=self.without_caption)]
         prompt = CAPTION_PROMPTS[drawn("prompt", row.key, self.config.seed) % len(CAPTION_PROMPTS)]
         return [Dialogue("caption", "train", (Message("user", (Picture(0), prompt)), Message("assistant", (caption,))))]

@@ -119,6 +119,7 @@ class EasyVQA:
     """The reader; `questions` (split → (text, answer, image_id) triples) stands in for the package in tests."""
 
     name = "easy_vqa"
+    reads = "encode"
 
     def __init__(
         self, config: PrepareConfig, questions: Mapping[str, Sequence[tuple[str, str, int]]] | None = None
