@@ -34,7 +34,7 @@ HUES = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 class Talk:
     """A source about plain pictures: what color, whether red, and a caption; two of five pictures are for training."""
 
-    name = "talk"
+    name, reads = "talk", "encode"
 
     def num_questions(self) -> dict[str, dict[int, int]]:
         return {"train": {0: 2, 1: 2}, "test": {2: 2, 3: 2, 4: 2, 5: 2}}
@@ -47,10 +47,10 @@ class Talk:
             meta = {"questions": [2 * row.key + number], "answer_types": ["color" if number == 0 else "yes/no"]}
             meta |= {"set": split, "image_id": row.key, "forms": [question]}
             messages = (*ask(question), Message("assistant", (answer,)))
-            made.append(Dialogue("vqa", split, messages, meta))  # type: ignore[arg-type]
+            made.append(Dialogue("vqa", split, messages, meta=meta))  # type: ignore[arg-type]
         references = [f"a {color} picture.", f"this is a {color} picture."]
         messages = (*ask("Describe this image."), Message("assistant", (references[0],)))
-        made.append(Dialogue("caption", split, messages, {"references": references}))  # type: ignore[arg-type]
+        made.append(Dialogue("caption", split, messages, meta={"references": references}))  # type: ignore[arg-type]
         return made
 
 

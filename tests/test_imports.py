@@ -26,7 +26,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("train",), ("eval",), ("serve",)],
     [("toy",)],
     [("recipes",), ("labels.command",)],
-    [("bench",)],
+    [("bench",), ("data.commands", "data.show_command")],
     [("cli",)],
 ]
 

@@ -17,7 +17,7 @@ from tinyvlm import schema
 from tinyvlm.chat import check_pictures, check_turns
 from tinyvlm.data.conversations import messages_of
 from tinyvlm.data.prepare import Prepare, PrepareConfig
-from tinyvlm.data.prepare_report import Ledger
+from tinyvlm.data.prepare_tally import Ledger
 from tinyvlm.data.sources import CAPTION_PROMPTS
 from tinyvlm.data.sources.easy_vqa import COLORS, SHAPES, EasyVQA, Question, read_facts
 from tinyvlm.errors import ConfigError, DataError
@@ -202,7 +202,7 @@ def test_every_question_of_the_set_is_accounted_for(tmp_path: Path) -> None:
         assert account["prepared"] + account["not_drawn"] + account["picture_missing"] == account["in_source"]
     assert sum(sum(splits.values()) for splits in told["conversations"].values()) == manifest.statuses["ok"]
     assert told["pictures"]["items"]
-    assert told["text_examples"]
+    assert told["sections"]["examples_without_pictures"]["conversations"]
 
 
 def test_questions_left_out_by_the_settings_are_counted_too() -> None:

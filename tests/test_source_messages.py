@@ -246,9 +246,10 @@ def test_bad_records_are_rows_with_their_reason(tmp_path: Path, folder: Path) ->
     path = write_lines(folder / "x.jsonl", [good, *(record for record, *_ in BAD)])
     rows = prepared([path], tmp_path / "out", CONFIG)
     assert (rows[0]["status"], len(rows)) == ("ok", 1 + len(BAD))
-    told = json.loads(next((tmp_path / "out").glob("prepare-*/stats.json")).read_text())["set_aside_examples"]
-    assert {example["status"] for example in told} == {status for _, status, _ in BAD}
-    assert all(rows[example["source_key"]]["detail"] == example["detail"] for example in told)
+    told = json.loads(next((tmp_path / "out").glob("prepare-*/stats.json")).read_text())["sections"]["set_aside"]
+    detail_of = {str(row["key"]): row["detail"] for row in rows}
+    assert {reason["status"] for reason in told["commonest_reasons"]} == {status for _, status, _ in BAD}
+    assert all(detail_of[reason["key"]] == reason["detail"] for reason in told["commonest_reasons"])
     for (record, status, detail), row in zip(BAD, rows[1:], strict=True):
         about = str(record)[:300]
         assert (about, row["status"]) == (about, status)

@@ -199,7 +199,8 @@ def _content(message: Message) -> list[Part]:
     return [part for part in parts if part != ""]
 
 
-_CONTROL_NAME = re.compile(r"<(?=\|[^|<>\s]{1,64}\|>|IMAGE>|IMAGE_END>|Image_Token>)")
+CONTROL_NAME = re.compile(r"<(?=\|[^|<>\s]{1,64}\|>|IMAGE>|IMAGE_END>|Image_Token>)")
+"""The `<` of what looks like the name of a special token."""
 
 
 def neutralise(text: str) -> str:
@@ -208,7 +209,7 @@ def neutralise(text: str) -> str:
     Our own road does not need this, because `render` keeps typed text apart; transformers' `apply_chat_template`, which
     hands one whole string to the tokenizer, does.
     """
-    return _CONTROL_NAME.sub("<\u200b", text) if "<" in text else text
+    return CONTROL_NAME.sub("<\u200b", text) if "<" in text else text
 
 
 def messages_from_dicts(dicts: Sequence[Mapping[str, Any]]) -> list[Message]:

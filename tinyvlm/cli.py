@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from tinyvlm.bench import encode, ingest, plan
+    from tinyvlm.data.commands import add_data_commands
 
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="remove what a finished stage folder does not need any more")
     clean.add_argument("folder", type=address)
     clean.set_defaults(run=_clean)
+
+    add_data_commands(commands.add_parser("data", help="look at conversations and take them elsewhere"))
 
     bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
     benches = bench.add_subparsers(required=True, metavar="WHAT")

@@ -6,7 +6,8 @@
 Of the statistics, `statuses` become a bar, a sum and a table with their meanings, `charts` are drawn (charts.py),
 `pictures` are shown, `rows` (label and text) are listed, `sections` (name → statistics, with a `note` and `measured` if
 another run may give other numbers) come below with a heading each, and whatever else is there is listed as it is:
-lists of records as tables (behind a click where `folded` has their name), shares in per cent, bytes in kB, MB, ….
+lists of records and mappings with equal names as tables (behind a click where `folded` has their name), shares in per
+cent, bytes in kB, MB, ….
 
 Everything is escaped: host names, captions and details come from strangers.
 """
@@ -46,8 +47,11 @@ def run_report(title: str, sections: Sequence[tuple[str, Mapping[str, Any]]]) ->
     return page(title, [(name, section(statistics)) for name, statistics in sections])
 
 
-def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole page of (heading, HTML) sections; with more than one, links to them at the top."""
+def page(title: str, sections: Sequence[tuple[str, str]], style: str = "") -> str:
+    """A whole page of (heading, HTML) sections; with more than one, links to them at the top.
+
+    `style`: rules for what only these sections have.
+    """
     named = [(f"s{index}", heading, body) for index, (heading, body) in enumerate(sections)]
     links = "".join(f"<a href='#{anchor}'>{escape(heading)}</a>" for anchor, heading, _ in named if heading)
     bodies = "".join(
@@ -58,7 +62,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         "<meta name='color-scheme' content='light dark'>"
-        f"<title>{escape(title)} · TinyVLM</title><style>{_STYLE}</style></head><body>"
+        f"<title>{escape(title)} · TinyVLM</title><style>{_STYLE}{style}</style></head><body>"
         f"<header><h1>{escape(title)}</h1>{f'<nav>{links}</nav>' if len(named) > 1 else ''}</header>"
         f"<main>{bodies}</main><footer>TinyVLM {escape(tinyvlm.__version__)}</footer></body></html>\n"
     )
@@ -206,12 +210,24 @@ def _others(statistics: Mapping[str, Any], level: int, folded: Sequence[str]) ->
             table = _records(value)
             fold = f"<details><summary>{_name(name)}, as numbers</summary>{table}</details>"
             tables.append(fold if name in folded else heading + table)
+        elif isinstance(value, Mapping) and _is_matrix(value):
+            tables.append(heading + _records([{"": str(key).replace("_", " "), **row} for key, row in value.items()]))
         elif isinstance(value, Mapping) and value and any(isinstance(item, Mapping) for item in value.values()):
             flat = {f"{key} · {inner}": v for key, item in value.items() for inner, v in _items(item)}
             tables.append(heading + _table((), [(key, _text(item)) for key, item in flat.items()]))
         else:
             plain.append((str(name).replace("_", " "), _text(value, str(name))))
     return (_table((), plain) if plain else "") + "".join(tables)
+
+
+def _is_matrix(value: Mapping[Any, Any]) -> bool:
+    """Rows of plain values under the same names."""
+    rows = list(value.values())
+    return (
+        bool(rows)
+        and all(isinstance(row, Mapping) and row and list(row) == list(rows[0]) for row in rows)
+        and not any(isinstance(item, (Mapping, list, tuple)) for row in rows for item in row.values())
+    )
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
@@ -256,7 +272,7 @@ def _text(value: Any, name: str = "") -> str:
     if isinstance(value, (int, float)):
         if name.endswith(("_share", "success_rate")):
             return _percent(value, 1)
-        return _size(value) if name.endswith("_bytes") else number(value)
+        return size(value) if name.endswith("_bytes") else number(value)
     if isinstance(value, Mapping):
         return (
             " · ".join(f"{str(key).replace('_', ' ')}: {_text(item, str(key))}" for key, item in value.items()) or "–"
@@ -266,7 +282,8 @@ def _text(value: Any, name: str = "") -> str:
     return str(value)
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes as a person writes them: 1.5 MB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"

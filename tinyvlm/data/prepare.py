@@ -196,7 +196,7 @@ class Prepare(Stage):
         from tinyvlm.data.prepare_report import prepare_statistics
 
         in_source = {} if isinstance(self.source, FileSource) else self.source.num_questions()
-        return prepare_statistics(folder, in_source)
+        return prepare_statistics(folder, in_source, is_decontaminated=bool(self.config.evaluation))
 
     def close(self) -> None:
         """End the decoder processes."""

@@ -1,157 +1,157 @@
-"""What the report of `prepare` says: conversations by source, family and split, lengths, what was set aside."""
+"""What the report of `prepare` says: conversations by source, family and split, lengths, what was set aside, examples.
+
+parts ─▶ Tally (prepare_tally.py) ─▶ numbers, tables, charts
+                      └─ places of examples ─▶ rows read again, with their pictures ─▶ sheet, long and short ones
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from tinyvlm import schema
 from tinyvlm.data.conversations import messages_of
-from tinyvlm.data.samples import sheet_item
-from tinyvlm.folders import scan
+from tinyvlm.data.prepare_tally import COLUMNS, DULL_WORDS, LENGTH_EDGES, MOST, Tally, most_common
+from tinyvlm.data.samples import rows_at, sheet_item
+from tinyvlm.folders import part_paths
+from tinyvlm.report import MAX_PICTURES
 from tinyvlm.schema import FAMILIES, SPLITS
+from tinyvlm.storage import readable
 
-QUESTIONS = ("vqa", "multi_turn")
-"""Families in which easy-VQA's questions are asked about a picture."""
-COLUMNS = (
-    *("status", "detail", "source_key", "source", "family", "split", "messages", "tokens", "meta"),
-    "images.list.element.sha256",
-)
-MAX_REFUSED = 5
-"""Rows of each status that are shown with their reasons."""
-LENGTH_EDGES = (0, 16, 32, 64, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 1 << 31)
-"""Edges of the bins of tokens a conversation."""
+STORED = "images.list.element.bytes"
+REASONS_OF_EACH = 10
+"""Reasons that are listed of each status."""
+CAPTION_LENGTH, TEXT_LENGTH = 160, 1200
+"""Characters of an example that are shown: below a picture, and where there is none."""
 
 
-def prepare_statistics(folder: Path, in_source: Mapping[str, Mapping[int, int]]) -> dict[str, Any]:
+def prepare_statistics(
+    folder: Path, in_source: Mapping[str, Mapping[int, int]], *, is_decontaminated: bool = True
+) -> dict[str, Any]:
     """Everything is counted from the rows of the folder.
 
     Args:
         in_source: as `PictureSource.num_questions` tells it.
+        is_decontaminated: pictures were compared to those of an evaluation; False: no contamination says nothing.
     """
-    counted: Counter[tuple[str, str, str]] = Counter()
-    set_aside: Counter[tuple[str, str]] = Counter()
-    answers: Counter[str] = Counter()
-    lengths = np.zeros(len(LENGTH_EDGES) - 1, np.int64)
-    shown, distinct = 0, set[str]()
-    ledger = Ledger(in_source)
-    told_about: set[int] = set()
-    refused: list[dict[str, Any]] = []
-    for table in scan(folder, COLUMNS):
-        usable = pc.equal(table["status"], schema.OK)
-        bad, table = table.filter(pc.invert(usable)), table.filter(usable)
-        refused += _refused(bad, Counter(one["status"] for one in refused))
-        set_aside.update(zip(bad["source"].to_pylist(), bad["status"].to_pylist(), strict=True))
-        counted.update(
-            zip(table["source"].to_pylist(), table["family"].to_pylist(), table["split"].to_pylist(), strict=True)
-        )
-        told_about.update(table["source_key"].to_pylist())
-        hashes = [image["sha256"] for images in table["images"].to_pylist() for image in images or ()]
-        shown += len(hashes)
-        distinct.update(hashes)
-        lengths += np.histogram(table["tokens"].drop_null().to_numpy(), bins=LENGTH_EDGES)[0]
-        ledger.enter(table["family"].to_pylist(), table["meta"].to_pylist())
-        asked = pc.not_equal(table["split"], "test")
-        for column in table["messages"].filter(asked).to_pylist():
-            answers.update(message.text for message in messages_of(column) if message.role == "assistant")
+    paths = part_paths(folder)
+    tally, stored = Tally(sum(_open(path).num_rows for path in paths), in_source), 0
+    for part, path in enumerate(paths):
+        table, num_bytes = _read(path)
+        tally.add(part, table)
+        stored += num_bytes
+    shown, told = _examples(paths, tally)
+    train, held_out = tally.num(split="train"), tally.num(split="validation")
     return {
         "conversations": {
-            family: {split: _sum(counted, family=family, split=split) for split in SPLITS} for family in FAMILIES
+            family: {split: tally.num(family=family, split=split) for split in SPLITS} for family in FAMILIES
         },
-        "sources": {
-            source: {
-                "usable": _sum(counted, source=source),
-                "families": {family: number for family in FAMILIES if (number := _sum(counted, source, family))},
-                "set_aside": {status: n for (name, status), n in sorted(set_aside.items()) if name == source},
-            }
-            for source in sorted({name for name, *_ in counted} | {name for name, _ in set_aside})
-        },
-        "num_pictures": len(told_about),
-        "pictures_shown": shown,
-        "pictures_distinct": len(distinct),
-        "questions": ledger.account(),
-        "set_aside_examples": sorted(refused, key=lambda one: (one["status"], one["source_key"])),
-        "charts": _charts(counted, set_aside, answers, lengths),
-        **_examples(folder),
+        "held_out_share": held_out / max(1, train + held_out),
+        "duplicates": tally.num(status="duplicate"),
+        "contaminated": tally.num(status="contaminated") if is_decontaminated else "not looked for",
+        "input_rows_used": tally.num_inputs,
+        "pictures_shown": tally.pictures_shown,
+        "pictures_distinct": len(tally.distinct),
+        "pictures_stored_bytes": stored,
+        **({"questions": tally.ledger.account()} if in_source else {}),
+        "by_source": list(_by_source(tally)),
+        "charts": _charts(tally),
+        "pictures": {"title": "Examples", "items": shown},
+        "sections": {**_set_aside(tally), **_extremes(paths, tally), **told},
     }
 
 
-def _sum(counted: Mapping[tuple[str, str, str], int], source: str = "", family: str = "", split: str = "") -> int:
-    return sum(
-        number
-        for (of_source, of_family, of_split), number in counted.items()
-        if source in ("", of_source) and family in ("", of_family) and split in ("", of_split)
-    )
+def _open(path: Path) -> pq.FileMetaData:
+    return pq.read_metadata(readable(path))
 
 
-def _charts(
-    counted: Mapping[tuple[str, str, str], int],
-    set_aside: Mapping[tuple[str, str], int],
-    answers: Counter[str],
-    lengths: Any,
-) -> list[dict[str, Any]]:
-    present = [(f"{f}, {s}", number) for f in FAMILIES for s in SPLITS if (number := _sum(counted, family=f, split=s))]
-    reasons: Counter[str] = Counter()
-    for (_, status), number in set_aside.items():
-        reasons[status] += number
-    charts = [_bars("Conversations", present), _bars("Answers in training", answers.most_common(24))]
-    if len({source for source, *_ in counted}) > 1:
-        by_source = Counter({source: _sum(counted, source=source) for source, *_ in counted})
-        charts.insert(0, _bars("Conversations by source", by_source.most_common(40)))
-    if reasons:
-        charts.append(_bars("Set aside", reasons.most_common()))
-    if lengths.sum():
-        last = int(np.flatnonzero(lengths)[-1])
-        names = [f"{first:,}-{after - 1:,}" for first, after in itertools.pairwise(LENGTH_EDGES)]
-        charts.append(_bars("Tokens of a conversation", list(zip(names, lengths.tolist(), strict=True))[: last + 1]))
+def _read(path: Path) -> tuple[pa.Table, int]:
+    """The counted columns of a part, and the bytes that its pictures take in the file."""
+    with pq.ParquetFile(readable(path)) as file:
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        chunks = (group.column(column) for group in groups for column in range(file.metadata.num_columns))
+        stored = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == STORED)
+        return file.read(list(COLUMNS)), stored
+
+
+def _by_source(tally: Tally) -> Iterator[dict[str, Any]]:
+    """A row for each source and family."""
+    kinds = sorted({(source, family) for source, family, *_ in tally.counted}, key=_order)
+    for source, family in kinds:
+        numbers: dict[str, int] = {split: tally.num(source=source, family=family, split=split) for split in SPLITS}
+        trained = numbers["train"] + numbers["validation"]
+        usable = sum(numbers.values())
+        row: dict[str, Any] = {"source": source, "family": family, **numbers}
+        row["held_out_share"] = numbers["validation"] / trained if trained else None
+        row["set_aside"] = tally.num(source=source, family=family, status="") - usable
+        found = tally.measures.get((source, family))
+        if found:
+            row |= {"pictures": round(found.pictures / found.rows, 2), "turns": round(found.turns / found.rows, 2)}
+        if found and found.tokens.num_values():
+            most = int(found.tokens.maximum())
+            at = {"median_tokens": 0.5, "p95": 0.95}  # quantiles are a little off, which must not lead past the longest
+            row |= {name: min(round(found.tokens.at(share)), most) for name, share in at.items()}
+            row["longest"] = most
+        yield row
+
+
+def _order(kind: tuple[str, str]) -> tuple[str, int]:
+    return kind[0], FAMILIES.index(kind[1]) if kind[1] in FAMILIES else len(FAMILIES)
+
+
+def _charts(tally: Tally) -> list[dict[str, Any]]:
+    charts = []
+    if len({source for source, *_ in tally.counted}) > 1:
+        charts.append(_by_split("Conversations by source", tally, "source"))
+    charts.append(_by_split("Conversations by family", tally, "family"))
+    if tally.lengths.sum():
+        charts.append(_lengths(tally))
+    for title, counts in (("Pictures in a conversation", tally.pictures), ("Turns of a conversation", tally.turns)):
+        names = [*map(str, range(MOST)), f"{MOST} or more"]
+        told = [(name, number) for name, number in zip(names, counts.tolist(), strict=True) if number]
+        charts.append(_bars(title, told))
+    if answers := most_common(tally.answers, 24):
+        charts.append(_bars("Short answers in training", answers))
+    if words := most_common(tally.words, 24, DULL_WORDS):
+        some = f" (one conversation in {tally.step})" if tally.step > 1 else ""
+        charts.append(_bars(f"Words of answers{some}", words))
     return charts
 
 
-class Ledger:
-    """Where each question of the source's own list has gone.
+def _by_split(title: str, tally: Tally, by: str) -> dict[str, Any]:
+    """Bars in pieces: a name's conversations by split, the name with most of them first."""
+    usable = Counter[str]()
+    for (source, family, _, status), number in tally.counted.items():
+        usable[source if by == "source" else family] += number if status == schema.OK else 0
+    names = [name for name, number in usable.most_common() if number]
+    series = {split: [tally.num(**{by: name}, split=split) for name in names] for split in SPLITS}
+    return {
+        "kind": "stacked",
+        "title": title,
+        "labels": names,
+        "series": {split: values for split, values in series.items() if any(values)},
+    }
 
-    Args:
-        in_source: split of the data set → picture → how many questions it has.
-    """
 
-    def __init__(self, in_source: Mapping[str, Mapping[int, int]]) -> None:
-        self._in_source = in_source
-        self._asked: dict[str, set[int]] = {split: set() for split in in_source}
-        self._arrived: dict[str, set[int]] = {split: set() for split in in_source}
-
-    def enter(self, families: Sequence[str], metas: Sequence[str | None]) -> None:
-        """Note usable conversations."""
-        if not self._in_source:
-            return
-        for family, text in zip(families, metas, strict=True):
-            meta = _parse(text)
-            if meta.get("set") in self._asked:
-                self._arrived[meta["set"]].add(meta["image_id"])
-                if family in QUESTIONS:
-                    self._asked[meta["set"]].update(meta["questions"])
-
-    def account(self) -> dict[str, dict[str, int]]:
-        """`prepared` + `not_drawn` (left out by the settings) + `picture_missing` = `in_source`, for each split."""
-        told = {}
-        for split, pictures in self._in_source.items():
-            missing = {picture: number for picture, number in pictures.items() if picture not in self._arrived[split]}
-            total, prepared = sum(pictures.values()), len(self._asked[split])
-            told[split] = {
-                "in_source": total,
-                "prepared": prepared,
-                "not_drawn": total - sum(missing.values()) - prepared,
-                "picture_missing": sum(missing.values()),
-                "pictures_missing": len(missing),
-            }
-        return told
+def _lengths(tally: Tally) -> dict[str, Any]:
+    first, last = np.flatnonzero(tally.lengths)[[0, -1]]
+    edges = list(LENGTH_EDGES[first : last + 2])
+    if last == len(tally.lengths) - 1:
+        edges[-1] = max(edges[-2] + 1, *(int(found.tokens.maximum()) + 1 for found in tally.measures.values()))
+    counts = tally.lengths[first : last + 1].tolist()
+    return {
+        "kind": "histogram",
+        "title": "Tokens of a conversation",
+        "edges": edges,
+        "counts": counts,
+        "x_label": "tokens, image tokens included",
+    }
 
 
 def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -159,34 +159,79 @@ def _bars(title: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
     return {"kind": "bar", "title": title, "labels": labels, "values": values}
 
 
-def _refused(bad: pa.Table, told: Counter[str]) -> list[dict[str, Any]]:
-    """Rows that were set aside, and why: of each status the first few that are not among those told already."""
-    found: list[dict[str, Any]] = []
-    for status in pc.unique(bad["status"]).to_pylist():
-        of_it = bad.filter(pc.equal(bad["status"], status)).slice(0, max(0, MAX_REFUSED - told[status]))
-        found += of_it.select(["status", "source", "source_key", "detail"]).to_pylist()
-    return found
-
-
-def _examples(folder: Path, per_family: int = 6) -> dict[str, Any]:
-    """A few conversations of each family: with their pictures, or as text where there is none."""
-    items: list[dict[str, str]] = []
-    texts: list[dict[str, str]] = []
-    for table in scan(folder, ("family", "messages", "images"), only_ok=True):
-        for family in FAMILIES:
-            for row in table.filter(pc.equal(table["family"], family)).slice(0, per_family).to_pylist():
-                words = " / ".join(message.text for message in messages_of(row["messages"]))
-                if row["images"]:
-                    items.append(sheet_item(f"{family}: {words}", row["images"][0]["bytes"]))
-                else:
-                    texts.append({"family": family, "words": words})
-        break
-    return {"text_examples": texts, "pictures": {"title": "Examples", "items": items}}
-
-
-def _parse(meta: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(meta or "{}")
-    except json.JSONDecodeError:
+def _set_aside(tally: Tally) -> dict[str, Any]:
+    """What is kept out of training: the commonest reasons, and how many rows of each source."""
+    counts = Counter[tuple[str, str]]()
+    for (source, _, _, status), number in tally.counted.items():
+        if status != schema.OK:
+            counts[source, status] += number
+    if not counts:
         return {}
-    return value if isinstance(value, dict) else {}
+    by_source = []
+    statuses = sorted({status for _, status in counts})
+    for source in sorted({source for source, _ in counts}):
+        row = {status: counts[source, status] for status in statuses}
+        share = sum(row.values()) / tally.num(source=source, status="")
+        by_source.append({"source": source, "set_aside_share": share, **row})
+    note = (
+        "Rows stay in the folder with their status and reason. Reasons that differ only in numbers and in names of "
+        "files count together; the key is of one of them."
+    )
+    return {"set_aside": {"note": note, "commonest_reasons": _reasons(tally), "by_source": by_source}}
+
+
+def _reasons(tally: Tally) -> list[dict[str, Any]]:
+    """Why rows were set aside: of each status the commonest reasons, with a row that has it."""
+    told = Counter[str]()
+    reasons = []
+    for name, number in most_common(tally.reasons, len(tally.reasons.names)):
+        status, source, _ = name.split("\t", 2)
+        told[status] += 1
+        if told[status] <= REASONS_OF_EACH and name in tally.reason_examples:
+            key, detail = tally.reason_examples[name]
+            reasons.append(
+                {"rows": number, "status": status, "source": source, "key": str(key), "detail": _clip(detail, 200)}
+            )
+    return reasons
+
+
+def _examples(paths: Sequence[Path], tally: Tally) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """A few conversations of each source and family: pictures with captions, and those that have none."""
+    places = sorted(tally.drawn.mixed(MAX_PICTURES))
+    found = rows_at(paths, places, ("key", "source", "family", "tokens", "messages", "images")).values()
+    items: list[dict[str, str]] = []
+    texts: list[dict[str, Any]] = []
+    for row in sorted(found, key=lambda row: (_order((row["source"], row["family"])), row["key"])):
+        words = _words(row)
+        if row["images"]:
+            more = f" (1 of {len(row['images'])})" if len(row["images"]) > 1 else ""
+            caption = f"{row['source']}, {row['family']}{more}: {_clip(words, CAPTION_LENGTH)} #{row['key']}"
+            items.append(sheet_item(caption, row["images"][0]["bytes"]))
+        else:
+            texts.append(_in_words(row))
+    return items, {"examples_without_pictures": {"conversations": texts}} if texts else {}
+
+
+def _extremes(paths: Sequence[Path], tally: Tally) -> dict[str, Any]:
+    """The longest and the shortest conversations."""
+    told = {}
+    for name, extreme in (("longest", tally.longest), ("shortest", tally.shortest)):
+        found = rows_at(paths, extreme.places, ("key", "source", "family", "tokens", "messages"))
+        told[name] = [_in_words(found[place]) for place in extreme.places]
+    if not any(told.values()):
+        return {}
+    return {"longest_and_shortest": {"note": "`tinyvlm data show FOLDER --key KEY` shows one whole.", **told}}
+
+
+def _in_words(row: Mapping[str, Any]) -> dict[str, Any]:
+    about = {"tokens": row["tokens"], "key": str(row["key"]), "source": row["source"], "family": row["family"]}
+    return {**about, "words": _clip(_words(row), TEXT_LENGTH)}
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    return " / ".join(message.text.strip() for message in messages_of(row["messages"]))
+
+
+def _clip(text: str, length: int) -> str:
+    """The text, or its beginning and its end."""
+    return text if len(text) <= length else f"{text[: length * 3 // 4]} … {text[-length // 4 :]}"

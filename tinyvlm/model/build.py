@@ -86,6 +86,17 @@ def load(
         CheckpointError: it is not there, is no TinyVLM, or lacks weights.
     """
     name = str(folder)
+    processor = load_processor(name)
+    return _from_pretrained(TinyVLMForConditionalGeneration, name, "model", dtype).eval(), processor
+
+
+def load_processor(folder: str | Path) -> TinyVLMProcessor:
+    """The processor of a saved model, without its weights.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    name = str(folder)
     if (Path(name).is_absolute() or name.startswith(".")) and not (Path(name) / "config.json").is_file():
         raise CheckpointError(f"{name} is no model folder: it has no config.json. Give one that training has written.")
     kind = _guard("model", name, lambda: PretrainedConfig.get_config_dict(name)[0]).get("model_type")
@@ -93,8 +104,8 @@ def load(
         raise CheckpointError(
             f"{name} holds a model of type {kind!r}, not 'tinyvlm'; give one that training or tinyvlm.model.build made."
         )
-    processor = _guard("processor", name, lambda: TinyVLMProcessor.from_pretrained(name))
-    return _from_pretrained(TinyVLMForConditionalGeneration, name, "model", dtype).eval(), processor
+    processor: TinyVLMProcessor = _guard("processor", name, lambda: TinyVLMProcessor.from_pretrained(name))
+    return processor
 
 
 def _load_part(kind: Any, name: str, what: str) -> Any:
