@@ -66,7 +66,7 @@ def plan(training: TrainingRun, workers: int | None) -> dict[str, Any]:
         "plan": {
             "folder": str(training.folder),
             "finished": training.is_finished,
-            "reads": {"prepare": training.prepare, "init": training.init or "built from recipe.model"},
+            "reads": {"prepare": list(training.prepare), "init": training.init or "built from recipe.model"},
         },
         "resources": {"workers": workers or f"one a GPU, else {WORKERS}", "each": EACH.demand},
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tinyvlm.data import mixture
 from tinyvlm.folders import write_atomic
 
 EVERY_S = 2.0
@@ -41,6 +42,7 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._read_plan()
         self._read()
         self.state = "done" if kind is None else "stopped"
         self._write()
@@ -52,6 +54,7 @@ class TrainingProgress:
         if now - self._wrote_at < EVERY_S:
             return
         self._wrote_at = now
+        self._read_plan()
         self._read()
         self._write()
         step = self.last.get("step", 0)
@@ -89,6 +92,18 @@ class TrainingProgress:
         done = self.last["step"] - self._first_step
         return (self.num_steps - self.last["step"]) * self._seconds / done if done and self._seconds else 0.0
 
+    def _read_plan(self) -> None:
+        """Once it is there, say what will be seen."""
+        if self.num_steps:
+            return
+        try:
+            plan = json.loads((self.folder / "plan.json").read_text())
+        except (OSError, ValueError):
+            return  # not there yet
+        self.num_steps = int(plan["steps"])
+        for line in mixture.lines(plan["mixture"], plan["remarks"]):
+            log.info("%s mixture · %s", self.stage, line)
+
     def _read(self) -> None:
         """Take in the lines that came since the last look."""
         try:
@@ -99,8 +114,6 @@ class TrainingProgress:
             self._offset += len(whole)
             for line in whole.splitlines():
                 self._take(json.loads(line) if line.strip() else {})
-            if not self.num_steps:
-                self.num_steps = int(json.loads((self.folder / "plan.json").read_text())["steps"])
         except (OSError, ValueError, KeyError):
             return  # not there yet, or a line that a killed run cut off
 

@@ -17,6 +17,7 @@ from tiny_model import PICTURE, save_parts, tiny_model
 from training_data import prepare_folder, rows
 
 from tinyvlm import chat, config
+from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import CheckpointError, ConfigError, DataError, StageError
 from tinyvlm.folders import Manifest
 from tinyvlm.model import load
@@ -26,6 +27,7 @@ from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.freeze import FreezePolicy, hash_tensors
 from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.optim import rate_factor
+from tinyvlm.train.reading import Window
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
 from tinyvlm.upkeep import verify
@@ -33,7 +35,7 @@ from tinyvlm.upkeep import verify
 torch.set_num_threads(1)
 
 CONFIG = TrainConfig(
-    families={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0},
+    mixture=MixtureConfig(weights={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0}),
     rates=Rates(vision=1e-3, connector=1e-3, language=1e-3),
     packs_per_step=3,
     pack_length=256,
@@ -92,7 +94,7 @@ class Bench:
     """A model, data and a plan, as often as they are wanted."""
 
     def __init__(self, folder: Path, made: list[dict[str, Any]] | None = None) -> None:
-        self.files = data_files(prepare_folder(folder, made or rows()))
+        self.files = data_files([prepare_folder(folder, made or rows())])
         self.model, self.processor = tiny_model(folder)
         self.lengths = measure(dict(enumerate(self.files)), self.processor)
 
@@ -102,7 +104,7 @@ class Bench:
         work = Work(
             plan=plan.build(self.lengths, settings),
             validation=plan.build_validation(self.lengths, settings),
-            source=Conversations(self.files, self.processor, window=16, cache_bytes=1 << 24),
+            source=Conversations(self.files, self.processor, window=Window(16), cache_bytes=1 << 24),
             config=settings,
             pad_token_id=self.processor.pad_id,
             new_token_ids=self.processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)),
@@ -178,7 +180,7 @@ def test_a_text_only_step_hangs_nobody(tmp_path: Path) -> None:
         for message in row["messages"]:
             message["parts"] = [part for part in message["parts"] if part["image"] is None]
     bench = Bench(tmp_path, made)
-    settings = dataclasses.replace(GENTLE, families={"text": 1.0}, packs_per_step=1, steps=2)
+    settings = dataclasses.replace(GENTLE, mixture=MixtureConfig(weights={"text": 1.0}), packs_per_step=1, steps=2)
     assert bench.losses(settings, world=2) == pytest.approx(bench.losses(settings), abs=1e-5)
 
 
@@ -294,7 +296,7 @@ def stage(root: Path, name: str, **changes: Any) -> TrainingRun:
         "model": {**parts, "num_image_tokens": 4, "connector_width": 48},
         "picture": config.to_dict(PICTURE),
     }
-    settings = dataclasses.replace(CONFIG, rates=RATES[name], steps=6, checkpoint_every_steps=2, **changes)
+    settings = dataclasses.replace(CONFIG, **{"rates": RATES[name], "steps": 6, "checkpoint_every_steps": 2, **changes})
     return open_run(name, settings, recipe, [root], root)
 
 
@@ -317,6 +319,49 @@ def test_three_stages_one_after_another(tmp_path: Path) -> None:
     assert (again.folder / "manifest.json").stat().st_mtime_ns == stamp, "finished means nothing to do"
     assert stage(tmp_path, "instruct", seed=1).folder != again.folder
     assert stage(tmp_path, "instruct", packs_per_batch=1).folder == again.folder
+
+
+def test_a_stage_reads_the_folders_of_all_sources(tmp_path: Path) -> None:
+    """Their keys are the same; one of them is seen twice an epoch, one is left out, and the run's record says so."""
+    for number, source in enumerate(("a", "b", "c")):
+        made = [{**row, "source": source} for row in rows(20 + 10 * number)]
+        prepare_folder(tmp_path, made, source=source)
+    save_parts(tmp_path / "parts")
+    weights = MixtureConfig(weights={"a": 1.0, "b": 2.0})
+    run = stage(tmp_path, "pretrain", mixture=weights, epochs=1, packs_per_step=2)
+    assert [Path(folder).name[:8] for folder in run.prepare] == ["prepare-"] * 3
+    run_local(run)
+    told = json.loads((run.folder / "plan.json").read_text())
+    statistics = json.loads((run.folder / "stats.json").read_text())
+    assert statistics["mixture"] == told["mixture"]
+    assert sum(kind["samples"] for kind in told["mixture"]) == told["samples"]
+    assert all(kind["samples"] == 0 for kind in told["mixture"] if kind["source"] == "c")
+    assert any("upsampled: b/" in said for said in told["remarks"])
+    assert any("left out: no entry of the mixture names c/" in said for said in told["remarks"])
+    assert told["reading"][0]["workers"] == 1
+    assert "a ×1, b ×2" in (run.folder / "model" / "README.md").read_text()
+
+    again = stage(tmp_path, "sft")
+    measured = sorted((run.folder / "lengths").rglob("*.parquet"))
+    before = {path.name: path.stat().st_mtime_ns for path in measured}
+    assert len(measured) == 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "measure", lambda *_: pytest.fail("the stage before has measured them"))
+        run_local(again)
+    assert {path.name: path.stat().st_mtime_ns for path in measured} == before
+
+
+def test_a_saved_plan_is_the_one_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of this program might make another plan; an interrupted run goes on with its own."""
+    run = stage(tmp_path, "pretrain")
+    monkeypatch.setattr(worker.metrics.MetricsFile, "step", _stop_at_step(3))
+    with pytest.raises(KeyboardInterrupt):
+        run_local(run)
+    monkeypatch.undo()
+    kept = plan.Plan.load(run.folder / "plan.parquet").fingerprint
+    monkeypatch.setattr(worker.plan, "build", lambda *_: pytest.fail("there is a plan"))
+    run_local(run)
+    assert json.loads((run.folder / "result.json").read_text())["plan"]["fingerprint"] == kept
 
 
 def test_a_stage_without_the_one_before_says_which(tmp_path: Path) -> None:

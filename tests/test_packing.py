@@ -1,164 +1,90 @@
-"""Packed samples are worth what each is worth alone; what is read is what the processor makes."""
+"""Packing: full packs that keep their limits, each sample once, from lengths alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
-import torch
-from tiny_model import ask, picture, tiny_model
-from training_data import conversation, prepare_folder, rows
+from made_up_lengths import lengths
 
-from tinyvlm.chat import Message
-from tinyvlm.errors import DataError
-from tinyvlm.model import Sample, TinyVLMForConditionalGeneration, TinyVLMProcessor
-from tinyvlm.train import plan
-from tinyvlm.train.data import Conversations, data_files, measure, messages_of
-from tinyvlm.train.packing import IGNORED, Batch, assemble, group
-
-torch.set_num_threads(1)
-
-Parts = tuple[TinyVLMForConditionalGeneration, TinyVLMProcessor]
+from tinyvlm.data.packing import WAITING_PACKS, Limits, Packer
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return tiny_model(tmp_path_factory.mktemp("parts"))
-
-
-def samples(processor: TinyVLMProcessor) -> list[Sample]:
-    """Of different lengths, with one, two and no pictures."""
+def pack(limits: Limits, tokens: np.ndarray, pictures: np.ndarray, window: int) -> list[list[int]]:
+    packer = Packer(limits, [0])
     made = []
-    for number, pictures in enumerate((1, 2, 0, 1, 1)):
-        answer = Message("assistant", ("a red circle. " * (number + 1),))
-        shown = [picture(10 * number + place) for place in range(pictures)]
-        made.append(processor.encode([*ask(pictures=pictures), answer], shown))
-    return made
+    for first in range(0, len(tokens), window):
+        some = np.arange(first, min(first + window, len(tokens)), dtype=np.int32)
+        made += packer.add(some, tokens[some], pictures[some])
+    return made + packer.finish()
 
 
-def loss_of(model: TinyVLMForConditionalGeneration, batch: Batch) -> tuple[float, int]:
-    with torch.no_grad():
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            labels=batch.labels,
-            pixel_values=batch.pixel_values,
-            loss_reduction="sum",
-            use_cache=False,
-        )
-    assert output.loss is not None
-    assert output.num_supervised is not None
-    return float(output.loss), output.num_supervised
+def mix(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Captions, questions and text in about the shares of the published stages, shuffled."""
+    table = lengths({("c", "caption"): number // 2, ("q", "vqa"): number // 3, ("t", "text"): number // 6})
+    order = np.random.default_rng(1).permutation(table.num_rows)
+    return table["tokens"].to_numpy()[order], table["pictures"].to_numpy()[order]
 
 
-@pytest.mark.parametrize("layout", [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3], [4]], [[4, 3], [2, 1, 0]], [[2], [0, 2], [3]]])
-def test_a_pack_loses_what_its_samples_lose_alone(parts: Parts, layout: list[list[int]]) -> None:
-    model, processor = parts
-    each = samples(processor)
-    alone = [loss_of(model, assemble([[sample]], processor.pad_id)) for sample in each]
-    packed = loss_of(model, assemble([[each[n] for n in row] for row in layout], processor.pad_id))
-    wanted = [alone[n] for row in layout for n in row]
-    assert packed[1] == sum(count for _, count in wanted)
-    assert packed[0] == pytest.approx(sum(loss for loss, _ in wanted), rel=1e-5)
+@pytest.mark.parametrize("pack_length", [1024, 2048, 4096])
+def test_packs_are_full_and_keep_their_limits(pack_length: int) -> None:
+    tokens, pictures = mix(24_000)
+    limits = Limits(pack_length, int(1.25 * pack_length * pictures.sum() / tokens.sum()) + 1)
+    made = pack(limits, tokens, pictures, 2_000)
+    assert Counter(number for one in made for number in one) == Counter(range(len(tokens)))
+    assert max(tokens[one].sum() for one in made) <= pack_length
+    assert max(pictures[one].sum() for one in made) <= limits.pictures
+    assert tokens.sum() / (len(made) * pack_length) >= 0.97
 
 
-def test_changing_one_sample_leaves_its_neighbours_alone(parts: Parts) -> None:
-    model, processor = parts
-    first, middle, last = samples(processor)[0], samples(processor)[1], samples(processor)[3]
-    other = processor.encode(
-        [*ask("is there a circle?", pictures=2), Message("assistant", ("no",))], [picture(98), picture(99)]
-    )
-
-    def hidden(pack: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = assemble([pack], processor.pad_id)
-        with torch.no_grad():
-            logits = model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                pixel_values=batch.pixel_values,
-                use_cache=False,
-            ).logits
-        assert logits is not None
-        return logits[0, : len(first.input_ids)], logits[0, -len(last.input_ids) :]
-
-    for before, after in zip(hidden([first, middle, last]), hidden([first, other, last]), strict=True):
-        torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+def test_a_tight_limit_of_pictures_is_kept_by_mixing_text_in() -> None:
+    tokens, pictures = mix(12_000)
+    most = 1 + int(1024 * pictures.sum() / tokens.sum())
+    made = pack(Limits(1024, most), tokens, pictures, 2_000)
+    assert max(pictures[one].sum() for one in made) <= most
+    assert tokens.sum() / (len(made) * 1024) > 0.9
 
 
-def test_batches_keep_to_packs_and_tokens() -> None:
-    packs = [[plan.Item(0, 0, 0, 0, tokens, 0, 1)] for tokens in (100, 90, 60, 30, 30, 30, 30, 10)]
-    by_tokens = [[pack[0].tokens for pack in batch] for batch in group(packs, 3, 200)]
-    assert by_tokens == [[100, 90], [60, 30, 30], [30, 30, 10]]
-    assert [len(batch) for batch in group(packs, 3, 0)] == [3, 3, 2]
-    assert [len(batch) for batch in group(packs, 9, 1)] == [1] * 8
+@pytest.mark.parametrize("samples", [2, 5])
+def test_samples_of_a_pack_can_be_limited(samples: int) -> None:
+    tokens, pictures = mix(600)
+    made = pack(Limits(4096, 99, samples), tokens, pictures, 200)
+    assert max(map(len, made)) == samples
+    assert Counter(number for one in made for number in one) == Counter(range(len(tokens)))
 
 
-def test_pictures_stand_in_the_order_of_their_tokens(parts: Parts) -> None:
-    model, processor = parts
-    each = samples(processor)
-    batch = assemble([[each[3]], [each[1], each[0]]], processor.pad_id)
-    assert batch.pixel_values is not None
-    wanted = np.concatenate([each[3].pixels, each[1].pixels, each[0].pixels])
-    torch.testing.assert_close(batch.pixel_values, processor.collate([each[3], each[1], each[0]])["pixel_values"])
-    assert batch.pixels is not None
-    swapped = Batch(batch.input_ids, batch.position_ids, batch.labels, batch.pixels.flip(0))
-    assert abs(loss_of(model, batch)[0] - loss_of(model, swapped)[0]) > 1e-3
-    assert len(wanted) == len(batch.pixel_values)
+def test_long_samples_find_company_while_there_are_short_ones() -> None:
+    tokens = np.array([700] * 50 + [300] * 50, np.int32)
+    made = pack(Limits(1024, 2), tokens, np.ones(100, np.int32), 100)
+    assert [tokens[one].sum() for one in made] == [1000] * 50
 
 
-def test_only_answers_carry_loss_and_padding_goes_on_counting(parts: Parts) -> None:
-    _, processor = parts
-    each = samples(processor)
-    batch = assemble([[each[2]], [each[0], each[1]]], processor.pad_id)
-    supervised = batch.input_ids[batch.labels != IGNORED]
-    torch.testing.assert_close(batch.labels[batch.labels != IGNORED], supervised)
-    assert len(supervised) == sum(int(each[n].supervised.sum()) for n in (0, 1, 2))
-    end = len(each[2].input_ids)
-    assert batch.position_ids[0, end:].tolist() == list(range(end, batch.input_ids.shape[1]))
-    assert set(batch.input_ids[0, end:].tolist()) == {processor.pad_id}
+@pytest.mark.parametrize(("family", "pack_length"), [("vqa", 2048), ("multi_turn", 512), ("caption", 4096)])
+def test_hardly_anything_waits_and_not_for_long(family: str, pack_length: int) -> None:
+    """What waits keeps its row group in memory, so it must be in the first packs of the next window."""
+    table = lengths({("s", family): 6_000}).filter(pc.field("tokens") <= pack_length)
+    tokens, pictures = table["tokens"].to_numpy(), table["pictures"].to_numpy()
+    packer = Packer(Limits(pack_length, 99), [0])
+    waited = []
+    for first in range(0, len(tokens), 1_000):
+        some = np.arange(first, min(first + 1_000, len(tokens)), dtype=np.int32)
+        made = packer.add(some, tokens[some], pictures[some])
+        old = [place for place, one in enumerate(made) if min(one) < first]
+        assert old == list(range(len(old)))
+        assert len(old) <= len(made) // 3
+        assert min(min(one) for one in made) >= first - 1_000
+        waited.append(sum(int(tokens[number]) for one in made for number in one if number < first))
+    assert max(waited) <= WAITING_PACKS * pack_length
 
 
-def test_measured_lengths_are_those_of_the_encoded_samples(parts: Parts, tmp_path: Path) -> None:
-    _, processor = parts
-    made = rows(40)
-    files = data_files(prepare_folder(tmp_path, [*made, conversation(1000, split="test")]))
-    table = measure(dict(enumerate(files)), processor)
-    assert sorted(table["key"].to_pylist()) == list(range(40)), "test conversations are none of training's business"
-    by_key = {row["key"]: row for row in table.to_pylist()}
-    assert by_key[0]["status"] == "no_picture"
-    for row in made[1:]:
-        sample = processor.encode(messages_of(row["messages"]), [image["bytes"] for image in row["images"]])
-        measured = by_key[row["key"]]
-        assert (measured["tokens"], measured["pictures"]) == (len(sample.input_ids), len(row["images"]))
-        assert measured["supervised"] == sample.supervised.sum()
+def test_the_same_lengths_give_the_same_packs() -> None:
+    tokens, pictures = mix(1_200)
+    assert pack(Limits(1024, 9), tokens, pictures, 400) == pack(Limits(1024, 9), tokens, pictures, 400)
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 24])
-def test_what_is_loaded_is_what_the_processor_makes(parts: Parts, tmp_path: Path, cache_bytes: int) -> None:
-    _, processor = parts
-    made = rows(24)
-    files = data_files(prepare_folder(tmp_path, made))
-    table = measure(dict(enumerate(files)), processor)
-    source = Conversations(files, processor, window=2, cache_bytes=cache_bytes)
-    for _ in range(2):
-        for row in table.to_pylist()[1:]:
-            item = plan.Item(*(row[name] for name in plan.Item._fields))
-            wanted = made[row["key"]]
-            sample = processor.encode(messages_of(wanted["messages"]), [image["bytes"] for image in wanted["images"]])
-            [loaded] = source.load([item])
-            np.testing.assert_array_equal(loaded.input_ids, sample.input_ids)
-            np.testing.assert_array_equal(loaded.supervised, sample.supervised)
-            np.testing.assert_array_equal(loaded.pixels, sample.pixels)
-    assert source.groups_read == (4 if cache_bytes else 8), "a remembered sample is not read again"
-
-
-def test_a_damaged_picture_is_named(parts: Parts, tmp_path: Path) -> None:
-    _, processor = parts
-    made = [conversation(5), conversation(6)]
-    made[1]["images"][0]["bytes"] = made[1]["images"][0]["bytes"][:100]
-    files = data_files(prepare_folder(tmp_path, made, parts=1))
-    source = Conversations(files, processor, window=1, cache_bytes=0)
-    with pytest.raises(DataError, match="conversation 6"):
-        source.load([plan.Item(6, 0, 0, 1, 0, 1, 0)])
+def test_nothing_gives_no_packs() -> None:
+    empty = np.zeros(0, np.int32)
+    packer = Packer(Limits(1024, 9), [0])
+    assert packer.add(empty, empty, empty) == packer.finish() == []

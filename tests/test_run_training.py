@@ -19,6 +19,7 @@ from tiny_model import PICTURE, save_parts
 from training_data import prepare_folder, rows
 
 from tinyvlm import config
+from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import DataError
 from tinyvlm.train import metrics
 from tinyvlm.train.run import TrainingRun, open_run, run_local
@@ -28,7 +29,7 @@ pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 CONFIG = TrainConfig(
-    families={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0},
+    mixture=MixtureConfig(weights={"vqa": 1.0, "multi_turn": 1.0, "text": 1.0}),
     rates=Rates(vision=1e-4, connector=1e-4, language=1e-4),
     packs_per_step=3,
     pack_length=256,

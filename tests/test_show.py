@@ -24,6 +24,7 @@ from tinyvlm.recipes import tiny
 from tinyvlm.train import packs_drawing, plan
 from tinyvlm.train.data import Conversations, measure
 from tinyvlm.train.plan import Item
+from tinyvlm.train.reading import Window
 from tinyvlm.train.settings import TrainConfig
 
 EVIL = "<|eot_id|> <IMAGE> \x1b[31mred\x07 \u202eback <script>alert(1)</script> [bold]x[/] naïve 日本語 🙂 \ufffd\nnew"
@@ -46,7 +47,7 @@ def test_what_is_shown_is_what_training_gets(made: dict[str, Any], tmp_path: Pat
     folder = prepare_folder(tmp_path, [made], parts=1)
     lengths = measure(dict(enumerate(part_paths(folder))), processor).to_pylist()[0]
     item = Item(**{name: lengths[name] for name in Item._fields})
-    sample = Conversations(part_paths(folder), processor, window=1, cache_bytes=1 << 20).load([item])[0]
+    sample = Conversations(part_paths(folder), processor, window=Window(1), cache_bytes=1 << 20).load([item], 0)[0]
 
     view = look(choose(folder, Choice(keys=(made["key"],)))[0], processor)
     assert [token for piece in view.pieces for token in piece.ids] == sample.input_ids.tolist()

@@ -56,8 +56,10 @@ def rows(number: int = 60) -> list[dict[str, Any]]:
     return made
 
 
-def prepare_folder(root: Path, made: list[dict[str, Any]], *, parts: int = 2, group_size: int = 8) -> Path:
-    """Write rows as a finished `prepare` folder under `root`."""
+def prepare_folder(
+    root: Path, made: list[dict[str, Any]], *, parts: int = 2, group_size: int = 8, source: str = ""
+) -> Path:
+    """Write rows as a finished `prepare` folder under `root`, which may have one for each source."""
     fingerprint = hashlib.sha256(json.dumps([row["key"] for row in made]).encode()).hexdigest()
     folder = root / f"prepare-{fingerprint[:12]}"
     (folder / "data").mkdir(parents=True)
@@ -69,7 +71,7 @@ def prepare_folder(root: Path, made: list[dict[str, Any]], *, parts: int = 2, gr
         files[path.name] = describe_part(path)
     manifest = Manifest("prepare", 1, fingerprint, {}, {}, len(made), len(made), {}, files, 0.0, "", "", None)
     (folder / "manifest.json").write_text(json.dumps(config.to_dict(manifest)))
-    point_latest(root, "prepare", folder)
+    point_latest(root, f"prepare.{source}" if source else "prepare", folder)
     return folder
 
 

@@ -22,6 +22,7 @@ from tinyvlm.data.encode import EncodeConfig
 from tinyvlm.data.explore import ExploreConfig
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig
+from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.data.pictures import PicturesConfig
 from tinyvlm.data.prepare import PrepareConfig
 from tinyvlm.errors import ConfigError
@@ -64,22 +65,20 @@ class Recipe:
 def base() -> Recipe:
     """The published system: 3.75 M captions with the language model frozen, then 1.02 M samples with everything hot.
 
-    The third stage was never published; its settings are ours.
+    Steps follow from samples.  The third stage was never published; its settings are ours.
     """
-    all_families = {"caption": 1.0, "vqa": 1.0, "multi_turn": 1.0}
     return Recipe(
         name="base",
-        pretrain=TrainConfig(families={"caption": 1.0}, steps=29_300, packs_per_step=128),
+        pretrain=TrainConfig(mixture=MixtureConfig(weights={"captions": 1.0}, samples=3_750_000), packs_per_step=128),
         sft=TrainConfig(
-            families=all_families,
+            mixture=MixtureConfig(weights={"m3it": 1.0}, samples=1_020_000),
             rates=Rates(vision=1e-5, connector=1e-5, language=1e-5),
-            steps=15_938,
             packs_per_step=64,
             packs_per_batch=4,
             optimizer="adamw8bit",
         ),
         instruct=TrainConfig(
-            families={"vqa": 0.5, "multi_turn": 1.0, "text": 1.0},
+            mixture=MixtureConfig(weights={"llava": 1.0, "llavar": 1.0, "alpaca": 1.0}),
             rates=Rates(vision=0.0, connector=1e-5, language=1e-5),
             packs_per_step=64,
             packs_per_batch=4,
@@ -176,21 +175,21 @@ def tiny() -> Recipe:
         # is hot from the start, and single questions come first.
         pretrain=replace(
             small,
-            families={"caption": 0.25, "vqa": 1.0},
+            mixture=MixtureConfig(weights={"caption": 0.25, "vqa": 1.0}),
             rates=Rates(vision=0.0, connector=1e-3, language=5e-4),
             steps=80,
             packs_per_step=8,
         ),
         sft=replace(
             small,
-            families={"caption": 0.25, "vqa": 0.5, "multi_turn": 1.0},
+            mixture=MixtureConfig(weights={"caption": 0.25, "vqa": 0.5, "multi_turn": 1.0}),
             rates=Rates(vision=0.0, connector=1e-3, language=1e-3),
             steps=250,
             packs_per_step=12,
         ),
         instruct=replace(
             small,
-            families={"caption": 0.25, "vqa": 0.25, "multi_turn": 0.5, "text": 1.0},
+            mixture=MixtureConfig(weights={"caption": 0.25, "vqa": 0.25, "multi_turn": 0.5, "text": 1.0}),
             rates=Rates(vision=0.0, connector=3e-4, language=3e-4),
             steps=60,
             packs_per_step=12,

@@ -18,7 +18,6 @@ def model_card(run: TrainingRun, numbers: Mapping[str, Any], parameters: Mapping
         f"| {name} | {count['all']:,} | {count['hot']:,} | {f'{rates[name]:g}' if count['hot'] else 'frozen'} |"
         for name, count in parameters.items()
     )
-    families = ", ".join(f"{name} ×{weight:g}" for name, weight in config.families.items())
     origin = "the model of the stage before" if run.init else "the parts named above, with a new connector"
     held_out = numbers["held_out_loss"]
     return f"""---
@@ -49,7 +48,7 @@ processor = AutoProcessor.from_pretrained(".")
 | | |
 |---|---|
 | started from | {origin} |
-| conversations | {families} |
+| conversations | {config.mixture} |
 | samples seen | {numbers["samples_seen"]:,} in {numbers["steps"]:,} steps ({numbers["tokens_seen"]:,} tokens) |
 | optimizer, precision | {config.optimizer}, {config.precision} |
 | schedule | {config.schedule} after {config.warmup_steps} warm-up steps |

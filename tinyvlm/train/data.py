@@ -3,15 +3,15 @@
     data/part-*.parquet ──measure──▶ one row of lengths for each conversation   (texts only, no picture is read)
                         ──Conversations.load(pack)──▶ samples, through the processor
 
-Row groups are read whole and a window of them is kept; encoded samples are remembered up to a budget, tokens by
-conversation and pictures by content, so that a small data set is read and decoded once.
+Row groups are read whole and a window of them is kept, each picture once however many rows show it; encoded samples
+are remembered up to a budget, tokens by conversation and pictures by content, so that a small data set is read and
+decoded once.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,19 @@ from tinyvlm.images import ImageError
 from tinyvlm.model.processing import Sample, TinyVLMProcessor
 from tinyvlm.train.features import Cache
 from tinyvlm.train.plan import LENGTHS, Item, Pack
+from tinyvlm.train.reading import READ_COLUMNS, Place, Window, group_bytes
 
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 
-_DIGESTS = "images.list.element.sha256"
-"""Reading this leaf alone counts a conversation's pictures without reading them."""
+_DIGESTS, _BYTES = READ_COLUMNS[2:]
+"""Reading the first of these leaves alone counts a conversation's pictures without reading them."""
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The data files of a stage folder, in order; their positions are the `part` of a plan."""
-    return part_paths(folder)
+def data_files(folders: Iterable[Path]) -> list[Path]:
+    """The data files of `prepare` folders, in order; their positions are the `part` of a plan."""
+    return [path for folder in folders for path in part_paths(folder)]
 
 
 def messages_of(row: Sequence[dict[str, Any]]) -> list[Message]:
@@ -73,7 +74,7 @@ def measure(files: Mapping[int, Path], processor: TinyVLMProcessor) -> pa.Table:
 def _measure_file(path: Path, part: int, processor: TinyVLMProcessor) -> Iterator[pa.Table]:
     file = pq.ParquetFile(path)
     for group in range(file.metadata.num_row_groups):
-        rows = file.read_row_group(group, columns=["key", "status", "family", "split", "messages", _DIGESTS])
+        rows = file.read_row_group(group, columns=["key", "status", "source", "family", "split", "messages", _DIGESTS])
         rows = rows.append_column("row", pa.array(range(len(rows)), pa.int32()))
         rows = rows.filter(pc.is_in(rows["split"], pa.array(["train", "validation"])))
         pictures = pc.fill_null(pc.list_value_length(rows["images"]), 0).to_pylist()
@@ -93,9 +94,10 @@ def _measure_file(path: Path, part: int, processor: TinyVLMProcessor) -> Iterato
             "part": np.full(len(rows), part, np.int32),
             "group": np.full(len(rows), group, np.int32),
             "row": rows["row"],
-            "family": pc.fill_null(rows["family"], ""),
-            "split": rows["split"],
-            "status": statuses,
+            "source": pc.fill_null(rows["source"], "").dictionary_encode(),
+            "family": pc.fill_null(rows["family"], "").dictionary_encode(),
+            "split": rows["split"].dictionary_encode(),
+            "status": pa.array(statuses, pa.string()).dictionary_encode(),
             "tokens": pa.array(tokens, pa.int32()),
             "pictures": pa.array(pictures, pa.int32()),
             "supervised": pa.array(supervised, pa.int32()),
@@ -117,31 +119,49 @@ class Conversations:
 
     Args:
         files: as `data_files` gives them.
-        window: row groups to keep in memory.
+        window: which row groups to keep in memory.
         cache_bytes: budget for encoded samples.
     """
 
-    def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: int, cache_bytes: int) -> None:
+    def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: Window, cache_bytes: int) -> None:
         self.files, self.processor = list(files), processor
         self._window = window
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._kept: dict[tuple[int, int, int], dict[str, Any]] = {}
+        self._groups: dict[Place, pa.Table] = {}
+        self._step = self._held_bytes = 0
         self._texts: Cache[tuple[Ids, Flags, list[str]]] = Cache(cache_bytes // 4)
         self._pictures: Cache[Pixels] = Cache(cache_bytes - cache_bytes // 4)
         self._lock = threading.Lock()
         self.groups_read = 0
         """Row groups read so far, repeats included."""
+        self.bytes_read = 0
+        """Of them, as they lie on disk."""
+        self.peak_bytes = 0
+        """Most memory that the window of row groups has taken."""
 
-    def load(self, pack: Pack) -> list[Sample]:
+    def account(self) -> dict[str, int]:
+        """What this worker has read so far, and the most memory that its window took."""
+        return {"groups_read": self.groups_read, "bytes_read": self.bytes_read, "window_bytes": self.peak_bytes}
+
+    def load(self, pack: Pack, step: int | None) -> list[Sample]:
         """The samples of a pack.  May be called from several threads.
 
+        Args:
+            step: of the plan; None for held-out conversations, whose rows are remembered as they are: they lie one
+                here and one there, and come again and again.
+
         Raises:
-            DataError: a picture cannot be decoded, with the conversation's key.
+            DataError: a picture cannot be decoded, with the conversation's key and file.
         """
         with self._lock:
+            if step is not None:
+                self._step = step
+            else:
+                self._kept.update({_place(item): self._row(item) for item in pack if _place(item) not in self._kept})
             return [self._sample(item) for item in pack]
 
     def _sample(self, item: Item) -> Sample:
-        text = self._texts.get(item.key)
+        text = self._texts.get(_place(item))
         if text is None:
             return self._read(item)
         ids, supervised, digests = text
@@ -152,19 +172,24 @@ class Conversations:
         return Sample(ids, supervised, np.stack(pictures) if pictures else self.processor.pixels([]))
 
     def _read(self, item: Item) -> Sample:
-        row = self._group(item.part, item.group).slice(item.row, 1).to_pylist()[0]
-        if row["key"] != item.key:
-            raise DataError(f"{self.files[item.part]} has changed since the plan was made; delete this run, repeat it.")
+        row = self._kept.get(_place(item)) or self._row(item)
         messages, images = messages_of(row["messages"]), row["images"] or []
         ids, supervised = self.processor.tokens(messages, len(images))
-        digests = [image["sha256"] or f"{item.key}/{place}" for place, image in enumerate(images)]
-        self._texts.put(item.key, (ids, supervised, digests), ids.nbytes + supervised.nbytes + 500)
+        digests = [image["sha256"] or f"{_place(item)}/{number}" for number, image in enumerate(images)]
+        self._texts.put(_place(item), (ids, supervised, digests), ids.nbytes + supervised.nbytes + 500)
         try:
             each = [self._decode(digest, image["bytes"]) for digest, image in zip(digests, images, strict=True)]
         except ImageError as error:
-            said = f"A picture of conversation {item.key} cannot be decoded ({error}); run `prepare` again."
+            where = f"conversation {item.key} in {self.files[item.part]}"
+            said = f"A picture of {where} cannot be decoded ({error}); run `prepare` again."
             raise DataError(said) from None
         return self._join(ids, supervised, each)
+
+    def _row(self, item: Item) -> dict[str, Any]:
+        row: dict[str, Any] = self._group(item.part, item.group).slice(item.row, 1).to_pylist()[0]
+        if row["key"] != item.key:
+            raise DataError(f"{self.files[item.part]} has changed since the plan was made; delete this run, repeat it.")
+        return row
 
     def _decode(self, digest: str, data: bytes) -> Pixels:
         pixels = self._pictures.get(digest)
@@ -176,11 +201,20 @@ class Conversations:
     def _group(self, part: int, group: int) -> pa.Table:
         place = (part, group)
         if place in self._groups:
-            self._groups.move_to_end(place)
             return self._groups[place]
-        table = pq.ParquetFile(self.files[part]).read_row_group(group, columns=["key", "messages", "images"])
+        for gone in self._window.enter(place, self._step):
+            self._held_bytes -= self._groups.pop(gone).nbytes
+        # As a dictionary, a picture that several rows show is in memory once.
+        with pq.ParquetFile(self.files[part], read_dictionary=[_BYTES]) as file:
+            table = file.read_row_group(group, columns=list(READ_COLUMNS), use_threads=False)
+            self.bytes_read += group_bytes(file.metadata.row_group(group))
         self.groups_read += 1
         self._groups[place] = table
-        while len(self._groups) > self._window:
-            self._groups.popitem(last=False)
+        self._held_bytes += table.nbytes
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes)
         return table
+
+
+def _place(item: Item) -> tuple[int, int, int]:
+    """What tells a conversation from all others: its key does so in its folder only."""
+    return item.part, item.group, item.row

@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import torch
 
 from tinyvlm.errors import DataError
+from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
-from tinyvlm.train.packing import Batch, Sample, assemble, group
 from tinyvlm.train.plan import Pack, Plan
 from tinyvlm.train.settings import TrainConfig
 
@@ -35,8 +35,8 @@ from tinyvlm.train.settings import TrainConfig
 class Source(Protocol):
     """Where samples come from."""
 
-    def load(self, pack: Pack) -> Sequence[Sample]:
-        """The samples of a pack."""
+    def load(self, pack: Pack, step: int | None) -> Sequence[Sample]:
+        """The samples of a pack, for a step of the plan; None: for a held-out loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,9 @@ class Trainer:
         """This worker's share of a step, as tensors."""
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
-        return [assemble([self.work.source.load(pack) for pack in one], self.work.pad_token_id) for one in groups]
+        at = step if plan is self.work.plan else None
+        loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
+        return [assemble(one, self.work.pad_token_id) for one in loaded]
 
     def _held_out(self) -> None:
         started = time.perf_counter()

@@ -1,20 +1,19 @@
 """The plan: which samples go into which pack of which step, written down before training starts.
 
-    lengths (one row a conversation) ──choose, shuffle──▶ order of samples ──fill──▶ packs ──cut──▶ steps
+    lengths (one row a conversation) ──mixture──▶ this epoch's rows ──order──▶ windows ──fill──▶ packs ──▶ steps
 
-It is made from lengths alone, so it costs no picture, and it is saved with the run (`plan.parquet`, one row for each
-sample in the order in which it is seen).  A step is a fixed list of packs; rank r of w takes packs r, r+w, r+2w, …, so
-any number of workers, and a run that was interrupted and continued with another number, sees the same steps.
-
-Row groups are shuffled first and samples inside a window of them, so that each group is read about once an epoch.
+It is made from lengths alone (order.py), so it costs no picture, and it is saved with the run (`plan.parquet`, one row
+for each sample in the order in which it is seen).  A step is a fixed list of packs, of which rank r of w takes the r-th
+of w stretches; so any number of workers, and a run that was interrupted and continued with another number, sees the
+same steps.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +21,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinyvlm import schema
+from tinyvlm.data import mixture
+from tinyvlm.data.mixture import Kind, Quota
 from tinyvlm.errors import CheckpointError, ConfigError, DataError
+from tinyvlm.train import order
+from tinyvlm.train.order import Numbers, Shape
 from tinyvlm.train.settings import TrainConfig
 
 Ints = npt.NDArray[np.int64]
+
+_NAME = pa.dictionary(pa.int32(), pa.string())
 
 LENGTHS = pa.schema(
     [
@@ -37,18 +41,17 @@ LENGTHS = pa.schema(
         pa.field("part", pa.int32(), False),
         pa.field("group", pa.int32(), False),
         pa.field("row", pa.int32(), False),
-        pa.field("family", pa.string(), False),
-        pa.field("split", pa.string(), False),
-        pa.field("status", pa.string(), False),
+        pa.field("source", _NAME, False),
+        pa.field("family", _NAME, False),
+        pa.field("split", _NAME, False),
+        pa.field("status", _NAME, False),
         pa.field("tokens", pa.int32(), False),
         pa.field("pictures", pa.int32(), False),
         pa.field("supervised", pa.int32(), False),
     ]
 )
-"""What the plan is made from.  `part`: number of the data file, `group`: row group in it, `row`: row in the group."""
-
-OPEN_PACKS = 16
-"""Packs that are filled at the same time."""
+"""What the plan is made from.  `part`: number of the data file among those of all folders, in the order in which the
+folders are given; `group`: row group in it; `row`: row in the group.  `key` is unique in its folder only."""
 
 
 class Item(NamedTuple):
@@ -65,16 +68,25 @@ class Item(NamedTuple):
 
 Pack = list[Item]
 
+BATCH = 8
+"""Padded samples that go through the model together, where the fill of a plan is told: the published number."""
+
+_ITEM = np.dtype([(name, np.int64 if name == "key" else np.int32) for name in Item._fields])
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Packs in order, `packs_per_step` of them a step; the last step may have fewer."""
+    """Packs in order, `shape.packs_per_step` of them a step; the last step may have fewer."""
 
-    items: Ints
-    """(samples, 7): the columns of `Item`."""
+    items: npt.NDArray[np.void]
+    """(samples,): records of `Item`."""
     starts: Ints
     """(packs + 1): pack p holds the samples starts[p] … starts[p + 1]."""
-    packs_per_step: int
+    shape: Shape
+    mixture: list[dict[str, Any]]
+    """Of each source and family, what is seen of it (`mixture.table`)."""
+    remarks: list[str]
+    """What a person should know of it (`mixture.remarks`)."""
 
     @property
     def num_packs(self) -> int:
@@ -82,14 +94,24 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        return -(-self.num_packs // self.packs_per_step)
+        return -(-self.num_packs // self.shape.packs_per_step)
 
     def packs(self, step: int, rank: int = 0, world: int = 1) -> list[Pack]:
         """The packs of a step that a rank works on; empty ones fill up, so that all ranks have equally many."""
-        first = step * self.packs_per_step
-        numbers = range(first, min(first + self.packs_per_step, self.num_packs))
-        mine = [self._pack(number) for number in numbers[rank::world]]
-        return mine + [[]] * (-(-len(numbers) // world) - len(mine))
+        mine = self._share(step, rank, world)
+        most = max(len(self._share(step, other, world)) for other in range(world))
+        return [self._pack(pack) for pack in mine] + [[]] * (most - len(mine))
+
+    def samples(self, step: int, rank: int = 0, world: int = 1) -> tuple[int, int]:
+        """Where in `items` a rank's share of a step begins and ends."""
+        mine = self._share(step, rank, world)
+        return int(self.starts[mine.start]), int(self.starts[mine.stop])
+
+    def _share(self, step: int, rank: int, world: int) -> range:
+        """Numbers of the packs of a step that a rank works on."""
+        first = step * self.shape.packs_per_step
+        number = min(self.shape.packs_per_step, self.num_packs - first)
+        return range(first + number * rank // world, first + number * (rank + 1) // world)
 
     def _pack(self, number: int) -> Pack:
         rows = self.items[self.starts[number] : self.starts[number + 1]].tolist()
@@ -98,34 +120,56 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits over everything that decides the order."""
-        digest = hashlib.sha256(f"{self.packs_per_step}\n".encode())
-        digest.update(np.ascontiguousarray(self.starts).tobytes())
-        digest.update(np.ascontiguousarray(self.items).tobytes())
+        digest = hashlib.sha256(f"{self.shape.packs_per_step}\n".encode())
+        digest.update(np.ascontiguousarray(self.starts).data)
+        digest.update(np.ascontiguousarray(self.items).view(np.uint8).data)
         return digest.hexdigest()
 
-    def summary(self, pack_length: int) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Totals for a person."""
-        tokens = int(self.items[:, 4].sum())
+        tokens = int(self.items["tokens"].sum(dtype=np.int64))
+        places = np.unique(self.items["part"].astype(np.int64) << 32 | self.items["group"])
         return {
             "steps": self.num_steps,
             "packs": self.num_packs,
             "samples": len(self.items),
-            "conversations": len(np.unique(self.items[:, 0])),
+            "conversations": sum(kind["seen"] for kind in self.mixture),
             "tokens": tokens,
-            "supervised_tokens": int(self.items[:, 6].sum()),
-            "pictures": int(self.items[:, 5].sum()),
-            "fill": round(tokens / max(1, self.num_packs * pack_length), 4),
+            "supervised_tokens": int(self.items["supervised"].sum(dtype=np.int64)),
+            "pictures": int(self.items["pictures"].sum(dtype=np.int64)),
+            "pictures_per_pack": self.shape.pictures_per_pack,
+            "row_groups": len(places),
+            "fill": round(tokens / max(1, self._positions()), 4),
             "fingerprint": self.fingerprint,
         }
 
+    def _positions(self) -> int:
+        """Positions that the samples lie in: a pack's are fixed; padded ones are as many as the longest of their batch.
+
+        Batches are `BATCH` samples of a step that are neighbours by length.
+        """
+        if self.shape.samples_per_pack != 1:
+            return self.num_packs * self.shape.pack_length
+        positions = 0
+        for step in range(self.num_steps):
+            begin, end = self.samples(step)
+            tokens = np.sort(self.items["tokens"][begin:end])[::-1]
+            positions += BATCH * int(tokens[::BATCH].sum()) - int(tokens[-1]) * (-len(tokens) % BATCH)
+        return positions
+
     def save(self, path: Path) -> None:
         """Write the plan as Parquet, one row for each sample."""
-        numbers = np.repeat(np.arange(self.num_packs), np.diff(self.starts))
-        columns = {"step": numbers // self.packs_per_step, "pack": numbers}
-        columns |= {name: self.items[:, place] for place, name in enumerate(Item._fields)}
-        table = pa.table(columns).replace_schema_metadata({"packs_per_step": str(self.packs_per_step)})
+        packs = np.repeat(np.arange(self.num_packs, dtype=np.int32), np.diff(self.starts))
+        columns = {"step": packs // np.int32(self.shape.packs_per_step), "pack": packs}
+        columns |= {name: self.items[name] for name in Item._fields}
+        about = {
+            "shape": json.dumps(asdict(self.shape)),
+            "mixture": json.dumps(self.mixture),
+            "remarks": json.dumps(self.remarks),
+        }
+        table = pa.table(columns).replace_schema_metadata(about)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, compression="zstd")
         os.replace(temporary, path)
 
     @classmethod
@@ -133,13 +177,14 @@ class Plan:
         """Raises CheckpointError when the file cannot be read."""
         try:
             table = pq.read_table(path)
-            packs_per_step = int(table.schema.metadata[b"packs_per_step"])
+            shape = Shape(**json.loads(table.schema.metadata[b"shape"]))
+            kinds, remarks = (json.loads(table.schema.metadata[name]) for name in (b"mixture", b"remarks"))
             packs = table["pack"].to_numpy()
-        except (OSError, KeyError, TypeError, pa.ArrowInvalid) as error:
+            items = _records(table, np.arange(table.num_rows))
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowInvalid) as error:
             raise CheckpointError(f"The plan {path} cannot be read ({error}); delete it and run again.") from None
-        items = np.stack([table[name].to_numpy() for name in Item._fields], axis=1).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(np.bincount(packs))]).astype(np.int64)
-        return cls(items, starts, packs_per_step)
+        return cls(items, starts, shape, kinds, remarks)
 
 
 def build(lengths: pa.Table, config: TrainConfig) -> Plan:
@@ -147,101 +192,114 @@ def build(lengths: pa.Table, config: TrainConfig) -> Plan:
 
     Raises:
         DataError: no conversation is left to train on.
-        ConfigError: more steps are wanted than the epochs give.
+        ConfigError: the mixture names what is not there; more steps are wanted than the epochs give; or a conversation
+            has more pictures than a pack may hold.
     """
-    table = usable(lengths, config, "train")
-    if table.num_rows == 0:
+    kinds, codes = _kinds(lengths)
+    in_split, usable = _usable(lengths, config, "train")
+    chosen = mixture.quotas(_count(kinds, codes[in_split]), _count(kinds, codes[usable]), config.mixture)
+    taken = [quota for quota in chosen if quota.samples]
+    if not taken:
         raise DataError(
-            f"The input has no training conversation of the families {', '.join(config.families)} with at most "
-            f"{config.pack_length} tokens; choose other families, or a larger pack_length."
+            f"The input has no training conversation of {config.mixture} with at most {config.pack_length} tokens; "
+            "choose others, or a larger pack_length."
         )
-    order = np.concatenate([_epoch_order(table, config, epoch) for epoch in range(config.epochs)])
-    plan = _cut(table, order, config)
-    if config.steps > plan.num_steps:
+    number = {quota.kind: place for place, quota in enumerate(taken)}
+    codes = np.array([number.get(kind, -1) for kind in kinds], np.int32)[codes]
+    rows = np.flatnonzero(usable & (codes >= 0))
+    items, codes = _records(lengths, rows), codes[rows]
+    del rows, usable, in_split
+    made, shape = order.arrange(_of(items), codes, taken, config)
+    if config.steps > -(-len(made.sizes) // config.packs_per_step):
         raise ConfigError(
-            f"steps is {config.steps}, but epochs={config.epochs} give {plan.num_steps}; raise epochs or lower steps."
+            f"steps is {config.steps}, but epochs={config.epochs} give "
+            f"{-(-len(made.sizes) // config.packs_per_step)}; raise epochs or lower steps."
         )
     if config.steps:
-        starts = plan.starts[: config.steps * config.packs_per_step + 1]
-        plan = Plan(plan.items[: starts[-1]], starts, config.packs_per_step)
-    return plan
+        made = made.first(config.steps * config.packs_per_step)
+    seen = _seen(made.members, codes, chosen, taken)
+    return Plan(items[made.members], made.starts, shape, seen, mixture.remarks(chosen))
 
 
 def build_validation(lengths: pa.Table, config: TrainConfig) -> Plan:
-    """Held-out conversations of the same families, at most `max_validation`, each once, in one fixed order."""
-    table = usable(lengths, config, "validation")
-    order = np.random.default_rng([config.seed, 0]).permutation(table.num_rows)[: config.max_validation]
-    return _cut(table, order.astype(np.int64), config)
-
-
-def usable(lengths: pa.Table, config: TrainConfig, split: str) -> pa.Table:
-    """The conversations of a split that this stage may see."""
-    families = [family for family, weight in config.families.items() if weight > 0]
-    keep = pc.and_(pc.equal(lengths["status"], schema.OK), pc.equal(lengths["split"], split))
-    keep = pc.and_(keep, pc.is_in(lengths["family"], pa.array(families, pa.string())))
-    return lengths.filter(pc.and_(keep, pc.less_equal(lengths["tokens"], config.pack_length)))
+    """Held-out conversations of the same entries, at most `max_validation`, each once, in one fixed order."""
+    kinds, codes = _kinds(lengths)
+    wanted = np.array([mixture.takes(kind, config.mixture) for kind in kinds], bool)
+    rows = np.flatnonzero(_usable(lengths, config, "validation")[1] & wanted[codes])
+    rows = np.sort(np.random.default_rng([config.seed, 0]).permutation(rows)[: config.max_validation])
+    items = _records(lengths, rows)
+    quota = [Quota(Kind("", ""), "", len(rows), len(rows))] if len(rows) else []
+    made, shape = order.arrange(_of(items), np.zeros(len(rows), np.int32), quota, config, epochs=1)
+    return Plan(items[made.members], made.starts, shape, [], [])
 
 
 def count_statuses(lengths: pa.Table, config: TrainConfig) -> dict[str, int]:
-    """How many training conversations of this stage's families are usable, and why the others are not."""
-    families = pa.array([family for family, weight in config.families.items() if weight > 0], pa.string())
-    table = lengths.filter(pc.and_(pc.equal(lengths["split"], "train"), pc.is_in(lengths["family"], families)))
-    too_long = pc.and_(pc.equal(table["status"], schema.OK), pc.greater(table["tokens"], config.pack_length))
-    statuses = pc.if_else(too_long, "too_long", table["status"])
-    return {entry["values"]: entry["counts"] for entry in pc.value_counts(statuses).to_pylist()}
+    """How many training conversations of this stage's entries are usable, and why the others are not."""
+    kinds, codes = _kinds(lengths)
+    wanted = np.array([mixture.takes(kind, config.mixture) for kind in kinds], bool)
+    statuses, status = _names(lengths["status"])
+    mine = _is(lengths["split"], "train") & wanted[codes]
+    too_long = mine & _is(lengths["status"], schema.OK) & (_numbers(lengths, "tokens") > config.pack_length)
+    counts = dict(zip(statuses, np.bincount(status[mine & ~too_long], minlength=len(statuses)).tolist(), strict=True))
+    counts["too_long"] = counts.get("too_long", 0) + int(too_long.sum())
+    return {name: count for name, count in counts.items() if count}
 
 
-def _epoch_order(table: pa.Table, config: TrainConfig, epoch: int) -> Ints:
-    """Row numbers of `table` in the order of one epoch."""
-    random = np.random.default_rng([config.seed, epoch + 1])
-    weights = np.array([config.families[family] for family in table["family"].to_pylist()], np.float64)
-    copies = np.floor(weights).astype(np.int64) + (random.random(len(weights)) < weights % 1.0)
-    chosen = np.repeat(np.arange(table.num_rows), copies)
-    places = np.stack([table["part"].to_numpy(), table["group"].to_numpy()], axis=1)
-    groups, group = np.unique(places, axis=0, return_inverse=True)
-    window = random.permutation(len(groups))[group.reshape(-1)] // config.window_groups
-    shuffled: Ints = chosen[np.lexsort((random.random(len(chosen)), window[chosen]))]
-    return shuffled
+def _seen(members: Numbers, codes: Numbers, chosen: list[Quota], taken: list[Quota]) -> list[dict[str, Any]]:
+    """`mixture.table` of what a plan really shows."""
+    samples = np.bincount(codes[members], minlength=len(taken)).tolist()
+    once = np.zeros(len(codes), bool)
+    once[members] = True
+    conversations = np.bincount(codes[once], minlength=len(taken)).tolist()
+    numbers = {quota.kind: pair for quota, *pair in zip(taken, samples, conversations, strict=True)}
+    return mixture.table(chosen, numbers)
 
 
-def _cut(table: pa.Table, order: Ints, config: TrainConfig) -> Plan:
-    """Fill packs in order; inside a step the heaviest come first, so that ranks get equal shares."""
-    columns = np.stack([table[name].to_numpy() for name in Item._fields], axis=1).astype(np.int64)
-    tokens, pictures = columns[:, 4], columns[:, 5]
-    packs = fill(tokens[order].tolist(), config.pack_length, config.samples_per_pack)
-    members = [order[pack] for pack in packs]
-    ordered: list[Ints] = []
-    for first in range(0, len(members), config.packs_per_step):
-        step = members[first : first + config.packs_per_step]
-        ordered += sorted(step, key=lambda pack: (-int(pictures[pack].sum()), -int(tokens[pack].sum())))
-    starts = np.concatenate([[0], np.cumsum([len(pack) for pack in ordered])]).astype(np.int64)
-    flat = np.concatenate(ordered) if ordered else np.zeros(0, np.int64)
-    return Plan(columns[flat], starts, config.packs_per_step)
+def _of(items: npt.NDArray[np.void]) -> order.Rows:
+    places = items["part"].astype(np.int64) << 32 | items["group"]
+    groups = np.unique(places, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    return order.Rows(np.ascontiguousarray(items["tokens"]), np.ascontiguousarray(items["pictures"]), groups)
 
 
-def fill(lengths: Sequence[int], pack_length: int, samples_per_pack: int = 0) -> list[list[int]]:
-    """Put samples (by number) into packs of at most `pack_length` tokens, in order.
+def _records(table: pa.Table, rows: Ints) -> npt.NDArray[np.void]:
+    records = np.empty(len(rows), _ITEM)
+    for name in Item._fields:
+        records[name] = table[name].to_numpy()[rows]
+    return records
 
-    A sample goes to the oldest open pack that has room, and the oldest is closed when one more is needed: so packs fill
-    well, and no sample stays behind for long, which would make its row group be read twice.
-    """
-    if samples_per_pack == 1:
-        return [[number] for number in range(len(lengths))]
-    done: list[list[int]] = []
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for number, length in enumerate(lengths):
-        place = next((place for place, left in enumerate(room) if left >= length), len(packs))
-        if place == len(packs):
-            if place == OPEN_PACKS:
-                done.append(packs.pop(0))
-                room.pop(0)
-                place -= 1
-            packs.append([])
-            room.append(pack_length)
-        packs[place].append(number)
-        room[place] -= length
-        if room[place] == 0 or len(packs[place]) == samples_per_pack:
-            done.append(packs.pop(place))
-            room.pop(place)
-    return done + packs
+
+def _usable(lengths: pa.Table, config: TrainConfig, split: str) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which rows belong to a split, and which of them this stage can use."""
+    in_split = _is(lengths["split"], split)
+    fits = _numbers(lengths, "tokens") <= config.pack_length
+    return in_split, in_split & _is(lengths["status"], schema.OK) & fits
+
+
+def _kinds(lengths: pa.Table) -> tuple[list[Kind], Numbers]:
+    """All sources with all families, and the number of each row's."""
+    sources, source = _names(lengths["source"])
+    families, family = _names(lengths["family"])
+    return [Kind(one, other) for one in sources for other in families], source * np.int32(len(families)) + family
+
+
+def _count(kinds: list[Kind], codes: Numbers) -> dict[Kind, int]:
+    counts = np.bincount(codes, minlength=len(kinds)).tolist()
+    return {kind: count for kind, count in zip(kinds, counts, strict=True) if count}
+
+
+def _is(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.bool_]:
+    names, codes = _names(column)
+    found: npt.NDArray[np.bool_] = codes == (names.index(name) if name in names else -1)
+    return found
+
+
+def _names(column: pa.ChunkedArray) -> tuple[list[str], Numbers]:
+    """The names in a dictionary column, and the number of each row's."""
+    whole = column.unify_dictionaries().combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # an empty one
+        return [], np.zeros(0, np.int32)
+    return whole.dictionary.to_pylist(), whole.indices.to_numpy()
+
+
+def _numbers(lengths: pa.Table, name: str) -> Numbers:
+    return lengths[name].to_numpy()  # type: ignore[no-any-return]

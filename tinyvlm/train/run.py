@@ -25,7 +25,7 @@ from typing import Any
 import tinyvlm
 from tinyvlm import config as settings
 from tinyvlm.errors import StageError
-from tinyvlm.folders import Manifest, close_folder, find_folder, git_commit, point_latest
+from tinyvlm.folders import Manifest, close_folder, find_folder, find_folders, git_commit, point_latest
 from tinyvlm.storage import require_disk
 from tinyvlm.train import metrics
 from tinyvlm.train.settings import TrainConfig
@@ -44,7 +44,7 @@ class TrainingRun:
     Attributes:
         stage: a key of `BEFORE`.
         recipe: the whole recipe as plain JSON types, kept with the model.
-        prepare: the folder of conversations.
+        prepare: folders of conversations and the identity of each, in the order in which they are read.
         init: the model folder to start from; "" builds one from `recipe["model"]`.
         inputs: what is read, by name, with its identity.
     """
@@ -52,7 +52,7 @@ class TrainingRun:
     stage: str
     config: TrainConfig
     recipe: Mapping[str, Any]
-    prepare: str
+    prepare: Mapping[str, str]
     init: str
     inputs: Mapping[str, str]
     root: str
@@ -103,6 +103,10 @@ class TrainingRun:
             **numbers.summary(),
             "parameters": result["parameters"],
             "plan": result["plan"],
+            "mixture": result["mixture"],
+            "remarks": result["remarks"],
+            "planned_reading": result["planned_reading"],
+            "reading": result["reading"],
             "charts": charts(numbers),
         }
         manifest = Manifest(
@@ -126,7 +130,7 @@ class TrainingRun:
         return manifest
 
     def _folders(self) -> dict[str, str]:
-        return {"prepare": self.prepare, "init": self.init or "built"}
+        return {"prepare": ", ".join(self.prepare), "init": self.init or "built"}
 
 
 def open_run(
@@ -138,15 +142,16 @@ def open_run(
         StageError: a folder that it reads is not there.
     """
     require_disk(stage, *inputs, root)
-    prepare = find_folder(inputs, "prepare", stage).absolute()
-    identities = {"prepare": Manifest.read(prepare).identity}
+    folders = [folder.absolute() for folder in find_folders(inputs, "prepare", stage)]
+    prepare = {str(folder): Manifest.read(folder).identity for folder in folders}
+    identities = {"prepare": settings.fingerprint(list(prepare.values()))}
     init = ""
     if config.init:
         init, identities["init"] = _given_model(stage, Path(config.init))
     elif BEFORE[stage]:
         before = find_folder(inputs, BEFORE[stage], stage).absolute()
         init, identities["init"] = str(before / "model"), Manifest.read(before).identity
-    return TrainingRun(stage, config, recipe, str(prepare), init, identities, str(root.absolute()))
+    return TrainingRun(stage, config, recipe, prepare, init, identities, str(root.absolute()))
 
 
 def _given_model(stage: str, path: Path) -> tuple[str, str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tinyvlm.config import speed
+from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import ConfigError
-
-FAMILIES = ("caption", "vqa", "multi_turn", "text")
-"""The conversation families that `prepare` writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +32,7 @@ class Rates:
 class TrainConfig:
     """What is learned from, in which order, by which rule."""
 
-    families: Mapping[str, float] = field(default_factory=lambda: {"caption": 1.0})
-    """Family → how often each of its conversations is seen in an epoch; 0.5 takes another random half each epoch."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     init: str = ""
     """Model folder to start from; "" means the model of the stage before, or for the first stage a newly built one."""
     rates: Rates = field(default_factory=Rates)
@@ -50,8 +46,14 @@ class TrainConfig:
     """Tokens in one pack, image tokens included; longer conversations are left out and counted as too_long."""
     samples_per_pack: int = 1
     """1 is the published padded batch; 0 means as many as fit."""
-    window_groups: int = 8
-    """Row groups that samples are shuffled across; each rank holds about this many in memory."""
+    pictures_per_pack: int = 0
+    """Most pictures in one pack; 0 means half as many again as a pack of average samples has."""
+    lanes: int = 16
+    """Stretches of the data that a step draws from; each worker reads its own, so at least as many as workers."""
+    window_groups: int = 2
+    """Row groups of a lane that samples are shuffled across; a worker holds its lanes', and at most as many more."""
+    steps_of_one_length: int = 32
+    """With one sample a pack: so many steps' samples are sorted by length, and each step gets similar ones; 1: none."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -78,17 +80,13 @@ class TrainConfig:
     """Memory of each worker for what a frozen vision tower made of pictures; they come again if epochs are many."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.families) - set(FAMILIES)
-        if unknown or not self.families or min(self.families.values()) < 0 or not any(self.families.values()):
-            raise ConfigError(
-                f"families wants weights for some of {', '.join(FAMILIES)}, at least one above 0, "
-                f"but got {dict(self.families)!r}."
-            )
         at_least_one = (
             "epochs",
             "packs_per_step",
             "pack_length",
+            "lanes",
             "window_groups",
+            "steps_of_one_length",
             "keep_checkpoints",
             "packs_per_batch",
         )
@@ -96,7 +94,16 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         not_negative = (
-            *("warmup_steps", "steps", "samples_per_pack", "weight_decay", "clip", "max_validation", "cache_mib"),
+            *(
+                "warmup_steps",
+                "steps",
+                "samples_per_pack",
+                "pictures_per_pack",
+                "weight_decay",
+                "clip",
+                "max_validation",
+                "cache_mib",
+            ),
             *("tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"),
         )
         for name in not_negative:

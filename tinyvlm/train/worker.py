@@ -1,7 +1,7 @@
 """One worker's part in a training stage: lengths → plan → model → loop → saved model.
 
     every worker: measure its share of the files ─┐
-    worker 0:     ───── plan.parquet, plan.json ◀─┘ ──▶ every worker: load plan, model, newest checkpoint; train
+    worker 0:     ───── plan.parquet, plan.json ◀─┘ ──▶ every worker: load plans, model, newest checkpoint; train
     worker 0:     model/ (temp + rename), then result.json
 
 Nothing here knows who started the workers.
@@ -13,10 +13,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tinyvlm import chat
 from tinyvlm import config as settings
-from tinyvlm.errors import CheckpointError
+from tinyvlm.data import mixture
 from tinyvlm.folders import write_atomic
 from tinyvlm.images import PictureConfig
 from tinyvlm.lease import Lease
@@ -34,6 +36,7 @@ from tinyvlm.train.card import model_card
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.loop import Hooks, Trainer, Work
+from tinyvlm.train.reading import Window, group_sizes, reading
 from tinyvlm.train.run import TrainingRun
 
 log = logging.getLogger(__name__)
@@ -58,13 +61,16 @@ def carry_out(
     """
     torch.manual_seed(run.config.seed)
     model, processor = start_model(run)
-    lengths = _lengths(run, processor, collective)
+    lengths = _measure(run, processor, collective)
     training, validation = _plans(run, lengths, collective)
     state = checkpoint.load_newest(run.folder, training.fingerprint, log.warning)
     numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if collective.rank == 0 else None
     config = run.config
     source = Conversations(
-        data_files(Path(run.prepare)), processor, window=2 * config.window_groups, cache_bytes=config.cache_mib << 20
+        data_files(map(Path, run.prepare)),
+        processor,
+        window=Window.of(training, collective.rank, collective.world),
+        cache_bytes=config.cache_mib << 20,
     )
     told = Hooks(on_held_out=lambda step, loss, seconds: on_held_out(step, loss))
     hooks = told if numbers is None else _writing_hooks(run, numbers, lease_number, told)
@@ -83,7 +89,7 @@ def carry_out(
     if numbers is not None:
         numbers.close()
         Lease.check(run.folder, lease_number)
-        _leave_result(run, trainer, processor, lengths, frozen)
+        _leave_result(run, trainer, source, lengths, frozen)
 
 
 def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
@@ -114,27 +120,41 @@ def _writing_hooks(run: TrainingRun, numbers: metrics.MetricsFile, lease_number:
     return Hooks(on_step=numbers.step, on_held_out=held_out, save=save)
 
 
-def _lengths(run: TrainingRun, processor: TinyVLMProcessor, collective: Collective) -> pa.Table:
-    """Lengths of all conversations; each worker measures its share of the files, an interrupted run keeps what it has.
+def _measure(run: TrainingRun, processor: TinyVLMProcessor, collective: Collective) -> list[Path]:
+    """Files with the lengths of all conversations, one for each data file; each worker measures its share of them.
 
-    The stage before has measured the same conversations with the same tokenizer, and its numbers are taken over.
+    An interrupted run keeps what it has.  The stage before has measured the same conversations with the same tokenizer,
+    and its numbers are taken over.
     """
-    files = data_files(Path(run.prepare))
-    measured_as = settings.fingerprint([run.inputs["prepare"], _spelling(processor)])
-    folder, earlier = (place / "lengths" / measured_as[:12] for place in (run.folder, Path(run.init).parent))
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in range(collective.rank, len(files), collective.world):
-        path = folder / f"part-{part:05d}.parquet"
+    spelling, files = _spelling(processor), []
+    for folder, identity in run.prepare.items():
+        kept = settings.fingerprint([identity, spelling])[:12]
+        for number, path in enumerate(data_files([Path(folder)])):
+            files.append((path, f"lengths/{kept}/part-{number:05d}.parquet"))
+    for data, name in files[collective.rank :: collective.world]:
+        path, earlier = run.folder / name, Path(run.init).parent / name
         if path.is_file():
             continue
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        if run.init and (earlier / path.name).is_file():
-            shutil.copyfile(earlier / path.name, temporary)
+        if run.init and earlier.is_file():
+            shutil.copyfile(earlier, temporary)
         else:
-            pq.write_table(measure({part: files[part]}, processor), temporary)
+            pq.write_table(measure({0: data}, processor), temporary)
         os.replace(temporary, path)
     collective.barrier()
-    return pa.concat_tables([pq.read_table(folder / f"part-{part:05d}.parquet") for part in range(len(files))])
+    return [run.folder / name for _, name in files]
+
+
+def _read_lengths(files: Sequence[Path]) -> pa.Table:
+    """The lengths of all data files, each with its number among all."""
+    tables = [plan.LENGTHS.empty_table()]
+    place = plan.LENGTHS.get_field_index("part")
+    for part, path in enumerate(files):
+        table = pq.read_table(path)
+        number = pa.array(np.full(table.num_rows, part, np.int32))
+        tables.append(table.set_column(place, plan.LENGTHS.field(place), number))
+    return pa.concat_tables(tables)
 
 
 def _spelling(processor: TinyVLMProcessor) -> str:
@@ -142,24 +162,30 @@ def _spelling(processor: TinyVLMProcessor) -> str:
     return settings.fingerprint([processor.tokenizer.backend_tokenizer.to_str(), processor.num_image_tokens])
 
 
-def _plans(run: TrainingRun, lengths: pa.Table, collective: Collective) -> tuple[plan.Plan, plan.Plan]:
-    """The plans of training and validation.  A plan that was saved before must be the one that is made now."""
-    training = plan.build(lengths, run.config)
-    path = run.folder / "plan.parquet"
-    if path.is_file() and plan.Plan.load(path).fingerprint != training.fingerprint:
-        raise CheckpointError(
-            f"The plan in {path} is not the one that this input and this version make; delete {run.folder}, run again."
-        )
-    collective.barrier()
-    if collective.rank == 0 and not path.is_file():
-        training.save(path)
-        summary = training.summary(run.config.pack_length)
+def _plans(run: TrainingRun, lengths: Sequence[Path], collective: Collective) -> tuple[plan.Plan, plan.Plan]:
+    """The plans of training and validation.  Worker 0 makes them once; after that the saved ones are what counts."""
+    paths = run.folder / "validation.parquet", run.folder / "plan.parquet"
+    if collective.rank == 0 and not paths[-1].is_file():
+        table = _read_lengths(lengths)
+        plan.build_validation(table, run.config).save(paths[0])
+        training = plan.build(table, run.config)
+        for line in mixture.lines(training.mixture, training.remarks):
+            log.info("%s mixture · %s", run.stage, line)
+        sizes = group_sizes(data_files(map(Path, run.prepare)))
+        summary = training.summary() | {
+            "mixture": training.mixture,
+            "remarks": training.remarks,
+            "reading": [asdict(reading(training, sizes, world)) for world in sorted({1, 2, 8, collective.world})],
+        }
         write_atomic(run.folder / "plan.json", json.dumps(summary, indent=2))
-    return training, plan.build_validation(lengths, run.config)
+        training.save(paths[-1])
+    collective.barrier()
+    validation, training = map(plan.Plan.load, paths)
+    return training, validation
 
 
 def _leave_result(
-    run: TrainingRun, trainer: Trainer, processor: TinyVLMProcessor, lengths: pa.Table, frozen: Mapping[str, str]
+    run: TrainingRun, trainer: Trainer, source: Conversations, lengths: Sequence[Path], frozen: Mapping[str, str]
 ) -> None:
     """Save the model in the shape in which others load it, then say so."""
     final, temporary = run.folder / "model", run.folder / f".model.{os.getpid()}.tmp"
@@ -167,7 +193,7 @@ def _leave_result(
     trainer.model.eval()
     disable_progress_bar()
     trainer.model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
+    source.processor.save_pretrained(temporary)
     numbers = metrics.read(run.folder / "metrics.jsonl").summary()
     parameters = trainer.policy.counts()
     (temporary / "recipe.json").write_text(json.dumps(dict(run.recipe), indent=2))
@@ -177,10 +203,14 @@ def _leave_result(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     result = {
-        "statuses": plan.count_statuses(lengths, run.config),
+        "statuses": plan.count_statuses(_read_lengths(lengths), run.config),
         "parameters": parameters,
         "frozen": dict(frozen),
-        "plan": trainer.work.plan.summary(run.config.pack_length),
+        "plan": trainer.work.plan.summary(),
+        "mixture": trainer.work.plan.mixture,
+        "remarks": trainer.work.plan.remarks,
+        "planned_reading": json.loads((run.folder / "plan.json").read_text())["reading"],
+        "reading": source.account(),
         "files": sorted(path.name for path in final.iterdir()),
     }
     write_atomic(run.folder / "result.json", json.dumps(result, indent=2))

@@ -72,11 +72,13 @@ class Batch:
 
 
 def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:
-    """Cut packs into batches of at most `max_packs` packs and `max_tokens` tokens, padding included (0: no limit)."""
+    """Cut packs into batches of at most `max_packs` packs and `max_tokens` tokens, padding included (0: no limit).
+
+    The longest come first, so that batches are of similar lengths and hardly padded.
+    """
     batches: list[list[Pack]] = []
     longest = 0
-    for pack in packs:
-        length = sum(item.tokens for item in pack)
+    for length, pack in sorted(((_length(pack), pack) for pack in packs), key=lambda item: -item[0]):
         longest = max(longest, length)
         too_many = batches and max_tokens and (len(batches[-1]) + 1) * longest > max_tokens
         if not batches or too_many or len(batches[-1]) == max_packs:
@@ -84,6 +86,10 @@ def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[P
             longest = length
         batches[-1].append(pack)
     return batches
+
+
+def _length(pack: Pack) -> int:
+    return sum(item.tokens for item in pack)
 
 
 def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
