@@ -34,7 +34,7 @@ from tinyvlm.data.decoding import MAX_DETAIL, Decoded
 from tinyvlm.data.given_images import GivenImages
 from tinyvlm.data.pictures.bodies import read_bodies
 from tinyvlm.data.pictures.found import PicturesConfig
-from tinyvlm.data.records import read_records
+from tinyvlm.data.record_files import read_records
 from tinyvlm.data.rewriting import RewriteConfig
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, StoredImage, storable
 from tinyvlm.data.sources.catalogue import SourceName, open_source

@@ -31,7 +31,7 @@ from tinyvlm import storage
 from tinyvlm.chat import Message, Part, Picture
 from tinyvlm.data import hub
 from tinyvlm.data.given_images import Unreadable, from_base64
-from tinyvlm.data.records import open_file, read_file
+from tinyvlm.data.record_files import open_file, read_file
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, Outline, RowReader, drawn, text_of
 from tinyvlm.data.sources.m3it_files import SUBSETS, TASKS, choose, is_instructions, located, subset_name
 from tinyvlm.errors import DataError

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import ijson
 
 from tinyvlm.chat import Message, Picture
-from tinyvlm.data.records import open_file, read_items, renamed
+from tinyvlm.data.record_files import open_file, read_items, renamed
 from tinyvlm.data.rewriting import Rewriter
 from tinyvlm.data.sources import Dialogue, FileSource, Outline, RowReader, require_fields, text_of
 from tinyvlm.data.sources.sentences import to_sentence
