@@ -38,7 +38,7 @@ from tinyvlm.data.record_files import read_records
 from tinyvlm.data.rewriting import RewriteConfig
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, StoredImage, storable
 from tinyvlm.data.sources.catalogue import SourceName, open_source
-from tinyvlm.errors import ConfigError, DataError, InputError
+from tinyvlm.errors import CheckpointError, ConfigError, DataError, InputError
 from tinyvlm.stage import Stage
 from tinyvlm.storage import address
 
@@ -192,7 +192,10 @@ class Prepare(Stage):
         """The source can be read, and so can the tokenizer."""
         if not isinstance(self.source, FileSource):
             self.source.num_questions()
-        _ = self._processor
+        try:
+            _ = self._processor
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}  Or leave tokens uncounted: --set prepare.count_tokens=false.") from None
 
     def select(self, rows: pa.Table) -> pa.Table:
         """Of the line's pictures the usable ones; of a listing all, so that bad ones are seen in the outcome too."""
