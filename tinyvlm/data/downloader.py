@@ -25,6 +25,7 @@ from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.fetch import Answer, Fetcher
 from tinyvlm.data.session import new_event_loop
 from tinyvlm.schema import OK
+from tinyvlm.takedown import Takedown
 
 if TYPE_CHECKING:
     from tinyvlm.data.download import DownloadConfig
@@ -63,8 +64,9 @@ class Downloader:
         limits: images.LimitConfig,
         giants: Collection[str] = (),
         num_workers: int = 1,
+        takedown: Takedown | None = None,
     ) -> None:
-        """`giants`: hosts that each of `num_workers` workers asks, sharing their budget."""
+        """`giants`: hosts that each of `num_workers` workers asks, sharing their budget.  `takedown`: not asked."""
         self.config = config
         self._loop = new_event_loop()
         self._unsaved = asyncio.Semaphore(MAX_UNSAVED)
@@ -74,7 +76,7 @@ class Downloader:
         self._decoders = Decoders(picture, limits, config.store, config.decode_processes, config.decode_timeout_s)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._thread.start()
-        self._fetcher = Fetcher(config.fetch, limits, shared_hosts=giants, num_workers=num_workers)
+        self._fetcher = Fetcher(config.fetch, limits, shared_hosts=giants, num_workers=num_workers, takedown=takedown)
         self._do(self._fetcher.__aenter__())
 
     def outcomes(self, urls: Sequence[str]) -> Iterator[Batch]:

@@ -35,7 +35,8 @@ from tinyvlm.data.robots import MAX_BYTES, Robots
 from tinyvlm.data.session import open_session, tls_context, tune_process
 from tinyvlm.data.urls import check_url, join, unescape
 from tinyvlm.errors import ConfigError, NetworkError
-from tinyvlm.schema import OK
+from tinyvlm.schema import OK, TAKEN_DOWN
+from tinyvlm.takedown import DETAIL, Takedown
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -131,8 +132,10 @@ class Fetcher:
         *,
         shared_hosts: Collection[str] = (),
         num_workers: int = 1,
+        takedown: Takedown | None = None,
     ) -> None:
         """`shared_hosts`: names of hosts that all `num_workers` workers ask, each with its part of their budget.
+        `takedown`: links and hosts that are not asked, also where others redirect to them.
 
         Raises:
             ConfigError: the file of certificates cannot be read.
@@ -140,6 +143,7 @@ class Fetcher:
         self.config, self.limits = config, limits
         self._dns_cache = {} if dns_cache is None else dns_cache
         self._shared_hosts, self._num_workers = shared_hosts, num_workers
+        self._takedown = takedown or Takedown()
         self._tls = tls_context(config.ca_file)
         self._breaker = Breaker()
         self._stopped = ""
@@ -244,6 +248,8 @@ class Fetcher:
             answer.final_url = url
             target = check_url(url, self.config.allow_hosts)
             url = str(target)
+            if self._takedown.lists_link(url):
+                raise NotAsked(TAKEN_DOWN, DETAIL)
             if url in seen:
                 raise FetchError("dead.redirects", "redirects in a circle")
             if len(seen) > self.config.max_redirects:
