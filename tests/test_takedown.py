@@ -21,6 +21,7 @@ from tinyvlm import cli, images, schema, storage
 from tinyvlm.data.download import Download, DownloadConfig
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig, open_links
+from tinyvlm.data.pictures import PicturesConfig, open_pictures
 from tinyvlm.data.preprocess import Preprocess, PreprocessConfig
 from tinyvlm.errors import DataError
 from tinyvlm.folders import Manifest, find_folder, part_paths, scan
@@ -385,6 +386,23 @@ def test_a_stage_that_reads_another_root_keeps_to_the_list_of_its_own(site: Any,
     assert statuses(tmp_path / "b", "preprocess")[4] == schema.TAKEN_DOWN
     assert 4 not in statuses(tmp_path / "b", "labels")
     assert statuses(tmp_path / "a", "download")[4] == "ok"
+
+
+def test_pictures_that_are_already_there_are_known_by_their_hash(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(body(number))
+        (tmp_path / "photos" / f"{number}.txt").write_text(word(number))
+    listed(tmp_path, digest(2)).add_to(tmp_path / "runs")
+    stage = Preprocess(PreprocessConfig(picture=PICTURE, limits=LIMITS))
+    source = open_pictures([str(tmp_path / "photos")], PicturesConfig(), tmp_path / "runs")
+    run = StageRun(stage, source, tmp_path / "runs")
+    assert run_local(run).statuses == {"ok": 3, schema.TAKEN_DOWN: 1}
+    assert [number for number in range(4) if word(number) in everything_said(run.folder)] == [0, 1, 3]
+    # The list of them, which was made before its hash was known, loses its words by the command.
+    assert [item.num_rows for item in take_down(listed(tmp_path, digest(2)), [run.root])] == [1, 0]
+    assert word(2) not in everything_said(find_folder([run.root], "pictures", "a test"))
+    assert run_local(StageRun(stage, open_pictures([str(tmp_path / "photos")], PicturesConfig(), run.root), run.root))
 
 
 def test_a_run_that_was_interrupted_is_cleared_too(site: Any, tmp_path: Path) -> None:
