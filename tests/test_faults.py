@@ -31,6 +31,7 @@ from tinyvlm.folders import Manifest, find_folder, part_paths, scan
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.journal import Journal
 from tinyvlm.removal import take_down
+from tinyvlm.report import stage_report
 from tinyvlm.stage import Stage, open_input
 from tinyvlm.stage_run import StageRun, run_local
 from tinyvlm.takedown import Takedown
@@ -289,6 +290,8 @@ def sweep(
         folder = find_folder([root], drill.stage, "a test")
         assert outcome(folder) == expected, case
         assert verify(folder) == [], case
+        shown = json.loads(storage.read(folder / "stats.json"))
+        assert storage.read(folder / "report.html").decode() == stage_report(shown), f"{case}: the report is older"
         clean_all(root)
         assert everything(root) == left, case
         storage.remove_tree(root)

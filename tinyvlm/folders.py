@@ -234,11 +234,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_report(folder: Path, statistics: dict[str, Any]) -> None:
-    """stats.json and report.html."""
+    """report.html and stats.json, which comes last: whoever finds it need not look whether the other is of its time."""
     from tinyvlm.report import stage_report
 
-    write_atomic(folder / "stats.json", json.dumps(statistics, indent=2))
     write_atomic(folder / "report.html", stage_report(statistics))
+    write_atomic(folder / "stats.json", json.dumps(statistics, indent=2))
 
 
 def part_paths(folder: Path) -> list[Path]:
