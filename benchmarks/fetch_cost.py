@@ -86,6 +86,7 @@ async def _fetch(base_url: str, num: int, ca_file: str, concurrency: int) -> Non
         async def one(n: int) -> None:
             answer = await fetcher.fetch(f"{base_url}/pictures/{n}.jpg?size=large")
             assert answer.status == "ok", answer
+            fetcher.let_go(answer)
 
         for begin in range(0, num, 1000):
             await asyncio.gather(*(one(n) for n in range(begin, min(num, begin + 1000))))

@@ -2,6 +2,7 @@
 
     python -m ray_jobs.<stage> --recipe R --input I [--input J] --output O [--set a.b=v ...] [--workers N] [--dry-run]
                                [--retry STATUS ...]   of stages that map rows      [--limit ROWS]   of download
+                               [--takedown LIST]      of download and preprocess
 
 Exit code 0: done, or was done before.  2: an expected failure, told as one sentence on stderr.  130: interrupted.
 """
@@ -26,10 +27,12 @@ from tinyvlm import config
 from tinyvlm.errors import ConfigError, TinyVLMError
 from tinyvlm.folders import Input, Manifest, require_space
 from tinyvlm.recipes import Recipe, load
+from tinyvlm.removal import take_down
 from tinyvlm.schema import statuses_of
 from tinyvlm.stage import Stage, open_input
 from tinyvlm.stage_run import StageRun
 from tinyvlm.storage import address
+from tinyvlm.takedown import read_list
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,14 @@ class Job:
     dry_run: bool
     retry: tuple[str, ...] = ()
     """Statuses and families whose rows are done again."""
+    takedown: Path | None = None
+    """A list of what must not be kept."""
 
 
 def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: Sequence[str] = ()) -> Job:
-    """Read the options of a stage.  `writes`: it makes a folder, so it wants --output.  `extra`: --retry, --limit.
+    """Read the options of a stage.  `writes`: it makes a folder, so it wants --output.
+
+    `extra`: which of --retry, --takedown, --limit it has.
 
     Raises:
         ConfigError: an unknown option or setting, with the nearest valid one; a value that is missing or wrong.
@@ -65,6 +72,9 @@ def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: S
     if "--retry" in extra:
         told = "do rows of these statuses again: a status, a family (timeout), transient or failed; may be repeated"
         parser.add_argument("--retry", action="append", default=[], metavar="STATUS", help=told)
+    if "--takedown" in extra:
+        told = "links, host:NAMEs and sha256s that are not fetched and not kept, in all that lies under --output"
+        parser.add_argument("--takedown", type=address, metavar="LIST", help=told)
     if "--limit" in extra:
         parser.add_argument("--limit", type=_count, metavar="ROWS", help="use only so many rows from the list's start")
     options = parser.parse_args(list(argv))
@@ -76,7 +86,10 @@ def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: S
     inputs = tuple(path.absolute() for path in options.input)
     retry = tuple(name for text in getattr(options, "retry", []) for name in text.split(","))
     statuses_of(retry)  # before any work: an unknown one is refused
-    return Job(recipe, inputs, (options.output or Path()).absolute(), options.workers, options.dry_run, retry)
+    takedown = getattr(options, "takedown", None)
+    if takedown:
+        read_list(takedown)  # before any work: a bad line is refused
+    return Job(recipe, inputs, (options.output or Path()).absolute(), options.workers, options.dry_run, retry, takedown)
 
 
 def main(stage_name: str, run: Callable[[Job], None], *, writes: bool = True, extra: Sequence[str] = ()) -> NoReturn:
@@ -112,6 +125,8 @@ def run_rows(
         _cluster.check_address()
         require_space(job.output, 0, stage.name)
         stage.check()
+    if job.takedown:
+        _take_down(job.takedown, job.output)
     source = open_rows(job.output) if open_rows else open_input(stage, job.inputs)
     run = StageRun(stage, source, job.output, job.retry)
     was_finished = run.is_finished
@@ -119,6 +134,15 @@ def run_rows(
     if not was_finished:
         _say_what_came(run, manifest)
     return manifest
+
+
+def _take_down(path: Path, root: Path) -> None:
+    """Note the list, so that this run and all later ones keep to it, and clear what lies under the root already."""
+    listed = read_list(path)
+    listed.add_to(root)
+    for item in take_down(listed, [root]):
+        if item.num_rows or item.in_use:
+            log.info("takedown: %s", item.in_use or f"{item.num_rows} rows of {item.folder.name}")
 
 
 def _say_what_came(run: StageRun, manifest: Manifest) -> None:

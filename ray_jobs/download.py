@@ -19,4 +19,4 @@ def run(job: _cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    _cli.main("download", run, extra=("--retry", "--limit"))
+    _cli.main("download", run, extra=("--retry", "--takedown", "--limit"))

@@ -25,4 +25,4 @@ def run(job: _cli.Job) -> None:
 
 
 if __name__ == "__main__":
-    _cli.main("preprocess", run, extra=("--retry",))
+    _cli.main("preprocess", run, extra=("--retry", "--takedown"))

@@ -41,6 +41,7 @@ def preprocess_folder(rows: pa.Table, root: Path, num_parts: int = 2) -> Path:
 def given_folder(name: str, rows: pa.Table, root: Path, num_parts: int = 2) -> Path:
     """`root`, with a finished folder of the stage `name` that holds `rows`."""
     stage = Given(name, rows.schema)
+    root.mkdir(parents=True, exist_ok=True)
     path = root / f"{name}.parquet"
     pq.write_table(rows, path)
     size = -(-rows.num_rows // num_parts)

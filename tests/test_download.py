@@ -7,7 +7,9 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from PIL import Image
 from small_web import picture, serving
 
 from tinyvlm import images, schema
+from tinyvlm.data import downloader
 from tinyvlm.data.download import Download, DownloadConfig
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig, open_links
@@ -109,6 +112,31 @@ def test_every_kind_of_link_ends_as_it_should(links: Path, pictures: Path, tmp_p
     assert statistics["image_bytes"] > sum(len(row["image"] or b"") for row in rows)
     assert statistics["http_statuses"]["404"] == sum(row["http_status"] == 404 for row in rows)
     assert sum(statistics["sections"]["time_on_the_network"]["charts"][0]["counts"]) == len(rows)
+
+
+@pytest.mark.parametrize("store", ["original", "finished"])
+def test_little_room_for_bodies_changes_nothing(
+    links: Path, pictures: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget of about two pictures: originals hold their room until they are kept, and all of it comes back."""
+    monkeypatch.setattr(downloader, "KEEP_S", 0.02)
+    urls = [url for url in pq.read_table(links)["image_url"].to_pylist() if "/pictures/" in url][:40]
+    narrow = replace(FETCH, max_bytes_in_flight=5000)
+    assert max(len(path.read_bytes()) for path in pictures.rglob("*.png")) > 2500
+    stage = Download(DownloadConfig(store=store, fetch=narrow), PICTURE, LIMITS)  # type: ignore[arg-type]
+    rows = stage.map_part(table(*urls), None).to_pylist()
+    assert stage._running is not None
+    budget, deadline = stage._running._fetcher._budget, time.monotonic() + 5
+    while budget.held and time.monotonic() < deadline:  # the loop's thread is told a moment later
+        time.sleep(0.01)
+    assert budget.held == 0
+    stage.close()
+    wide = download(*urls, store=store)
+    measured = schema.measured_columns(schema.DOWNLOADED)
+    for row, other in zip(rows, wide, strict=True):
+        assert {name: row[name] for name in row if name not in measured} == {
+            name: other[name] for name in other if name not in measured
+        }
 
 
 def test_finished_pictures_are_those_of_images_py(links: Path, pictures: Path, tmp_path: Path) -> None:

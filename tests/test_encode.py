@@ -29,11 +29,13 @@ from tinyvlm.data.feature_store import read_features, unpack
 from tinyvlm.data.placeholder import DESIGNS, reference_pictures
 from tinyvlm.data.prefetch import prefetch
 from tinyvlm.errors import CheckpointError, ConfigError, DataError, StageError
-from tinyvlm.folders import Input, Manifest
+from tinyvlm.folders import Input, Manifest, part_paths, read_rows
 from tinyvlm.images import PictureConfig, normalise, to_jpeg
 from tinyvlm.model import build
+from tinyvlm.removal import take_down
 from tinyvlm.stage import open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.takedown import Takedown
 
 WIDTH = 32
 
@@ -209,6 +211,25 @@ def test_another_threshold_takes_everything_else_from_the_finished_folder(
     ):
         assert Encode(other, PICTURE).find_earlier(tmp_path / "out", source) is None
     assert stage.find_earlier(tmp_path / "out", dataclasses.replace(source, fingerprint="another")) is None
+
+
+def test_another_threshold_after_a_takedown_encodes_nothing_again_and_brings_nothing_back(
+    config: EncodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [stored(picture(seed)) for seed in range(6)]
+    root = preprocess_folder(preprocessed(images), tmp_path, num_parts=2)
+    strict = dataclasses.replace(config, placeholder_threshold=2.0)
+    first = _run(Encode(strict, PICTURE), root, root)
+    take_down(Takedown(links=frozenset(["x/0", "x/4"])), [root])
+    assert Manifest.read(first.folder).statuses == {"ok": 4, "optout.takedown": 2}
+    stage = Encode(dataclasses.replace(config, placeholder_threshold=1.5), PICTURE)
+    stage.earlier = stage.find_earlier(root, open_input(stage, [root]))
+    assert stage.earlier == first.folder
+    monkeypatch.setattr(Encode, "tower", property(lambda self: pytest.fail("the tower was asked")))
+    assert _run(Encode(strict, PICTURE), root, root).folder == first.folder
+    rows = read_rows(str(part_paths(_run(stage, root, root).folder)[0]), 0, 10)
+    assert rows["key"].to_pylist() == [1, 2]
+    assert rows["image"].null_count == rows["features"].null_count == 0
 
 
 def test_the_threshold_is_measured_once_for_all_workers(config: EncodeConfig, parts: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from faulty_disk import BROKE, DEADLY, DIED, FAILING, FINISHED, REFUSED, Case, Victims
+from given_folders import given_folder, preprocessed
 from test_download_resume import Web
-from toy_stages import Double, DoubleConfig, start, write_numbers
+from toy_stages import NUMBERS, Double, DoubleConfig, start, write_numbers
 
 from tinyvlm import folders, stage_run, storage, upkeep
 from tinyvlm.data import downloader, listing
@@ -29,8 +30,11 @@ from tinyvlm.errors import StageError
 from tinyvlm.folders import Manifest, find_folder, part_paths, scan
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.journal import Journal
-from tinyvlm.stage import open_input
+from tinyvlm.removal import take_down
+from tinyvlm.report import stage_report
+from tinyvlm.stage import Stage, open_input
 from tinyvlm.stage_run import StageRun, run_local
+from tinyvlm.takedown import Takedown
 from tinyvlm.toy.web_server import running
 from tinyvlm.upkeep import clean, discard_damaged, verify
 
@@ -63,6 +67,17 @@ class Unsteady(Double):
         return pa.Table.from_pylist(out, schema=self.writes)
 
 
+class Seen(Stage):
+    """Rows that are known by their keys alone."""
+
+    name, reads, settings, writes = "seen", ("preprocess",), "seen", NUMBERS
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        sizes = [len(picture) for picture in rows["image"].to_pylist()]
+        some = rows.select(["key", "status", "detail"]).append_column("value", pa.array(sizes))
+        return some.append_column(NUMBERS.field("milliseconds"), pa.nulls(some.num_rows, pa.float64()))
+
+
 def unsteady(root: Path, retry: tuple[str, ...] = ()) -> StageRun:
     stage = Unsteady(is_bad_day=not retry)
     return StageRun(stage, open_input(stage, [root]), root, retry)
@@ -92,6 +107,11 @@ def run_discard(root: Path) -> None:
     if (unsteady(root).folder / "manifest.json").is_file():
         discard_damaged(unsteady(root).folder)
     run_local(unsteady(root))
+
+
+def run_takedown(root: Path) -> None:
+    """`tinyvlm takedown`, of a row of a stage and the one that was made of it."""
+    take_down(Takedown(links=frozenset(["x/1"])), [root])
 
 
 def run_links(root: Path) -> None:
@@ -134,6 +154,13 @@ def prepare_damaged(root: Path) -> None:
     path.write_bytes(content)
 
 
+def prepare_pictures(root: Path) -> None:
+    """A stage whose rows have links, and one without: rows of a part of each are listed."""
+    given_folder("preprocess", preprocessed([bytes([number] * 9) for number in range(4)]), root)
+    (root / "preprocess.parquet").unlink()
+    run_local(StageRun(Seen(), open_input(Seen(), [root]), root))
+
+
 def prepare_list(root: Path) -> None:
     rows = [{"url": f"http://h{number % 5}/{number}", "caption": str(number)} for number in range(8)]
     (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -155,7 +182,7 @@ class Drill:
 
     @property
     def name(self) -> str:
-        return f"{self.prepare.__name__}:{self.command.__name__}"
+        return f"{self.prepare.__name__}:{self.command.__name__}:{self.stage}"
 
 
 DRILLS = [
@@ -164,6 +191,8 @@ DRILLS = [
     Drill(prepare_bad_day, run_retry),
     Drill(prepare_retried, run_clean),
     Drill(prepare_damaged, run_discard),
+    Drill(prepare_pictures, run_takedown, "preprocess"),
+    Drill(prepare_pictures, run_takedown, "seen"),
     Drill(prepare_list, run_links, "links"),
     Drill(prepare_web, run_download, "download"),
 ]
@@ -187,6 +216,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     """All that two folders have in common when they say the same."""
     manifest = Manifest.read(folder)
     names = {"links": ["key", "url"], "download": ["key", "status", "sha256", "image", "duplicate_of", "caption"]}
+    names["preprocess"] = ["key", "status", "image", "caption", "detail"]
     columns = names.get(manifest.stage, ["key", "status", "value"])
     table = pa.concat_tables(scan(folder, columns)).sort_by("key")
     numbers = (manifest.identity, manifest.rows_in, manifest.rows_out, manifest.statuses, manifest.generation)
@@ -260,6 +290,8 @@ def sweep(
         folder = find_folder([root], drill.stage, "a test")
         assert outcome(folder) == expected, case
         assert verify(folder) == [], case
+        shown = json.loads(storage.read(folder / "stats.json"))
+        assert storage.read(folder / "report.html").decode() == stage_report(shown), f"{case}: the report is older"
         clean_all(root)
         assert everything(root) == left, case
         storage.remove_tree(root)

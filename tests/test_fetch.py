@@ -22,7 +22,8 @@ from small_web import JPEG, http, on_fast_clock, picture, raw_server, serving
 from tinyvlm.data import addresses, places
 from tinyvlm.data.addresses import FetchError
 from tinyvlm.data.breaker import MIN_HOSTS
-from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher
+from tinyvlm.data.budget import ByteBudget
+from tinyvlm.data.fetch import Answer, FetchConfig, Fetcher, _Elsewhere
 from tinyvlm.data.responses import retry_after_s
 from tinyvlm.errors import ConfigError, NetworkError
 from tinyvlm.images import LimitConfig
@@ -704,6 +705,115 @@ def test_giant_hosts_are_shared_among_workers(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Fetcher, "_hop", hop)
     assert on_fast_clock(run("giant.test"))[1] == pytest.approx(40 * 4 / 20, abs=0.01)
     assert on_fast_clock(run("small.test"))[1] == pytest.approx(40 / 20, abs=0.01)
+
+
+def test_hosts_that_redirects_lead_to_are_shared_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hop(self: Fetcher, target: Any, answer: Answer, take: Any) -> Any:
+        answer.http_status = 200
+        return _Elsewhere(f"http://cdn.test{target.path}") if target.host == "site.test" else JPEG
+
+    async def run(host: str) -> None:
+        async with Fetcher(FetchConfig(rate_per_host=20.0), LIMITS, num_workers=4) as fetcher:
+            await asyncio.gather(*(fetcher.fetch(f"http://{host}/{n}") for n in range(41)))
+
+    monkeypatch.setattr(Fetcher, "_hop", hop)
+    assert on_fast_clock(run("site.test"))[1] == pytest.approx(40 * 4 / 20, abs=0.01)
+    assert on_fast_clock(run("cdn.test"))[1] == pytest.approx(40 / 20, abs=0.01), "its own links have all of it"
+
+
+@pytest.mark.parametrize(("with_length", "at_once"), [(True, 3), (False, 1)])
+def test_bodies_in_flight_have_a_budget_and_waiting_for_it_is_no_timeout(with_length: bool, at_once: int) -> None:
+    """A body without a length counts as the largest that is allowed; 12 of them in turn take longer than a deadline."""
+    body = JPEG + bytes(90_000)
+
+    async def talk(head: str, writer: asyncio.StreamWriter) -> None:
+        length = f"Content-Length: {len(body)}" if with_length else "Connection: close"
+        writer.write(f"HTTP/1.1 200 OK\r\n{length}\r\n\r\n".encode())
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(body)
+        if not with_length:
+            await writer.drain()
+            writer.close()
+
+    async def run() -> tuple[list[Answer], int, int]:
+        config = replace(FETCH, max_bytes_in_flight=300_000, total_timeout_s=0.8, read_timeout_s=5.0)
+        async with Fetcher(config, LIMITS) as fetcher:
+            budget, highest = fetcher._budget, 0
+
+            async def one(number: int) -> Answer:
+                nonlocal highest
+                answer = await fetcher.fetch(f"{base_url}/{number}.jpg")
+                highest = max(highest, budget.held)
+                await asyncio.sleep(0.1)  # the decoder's
+                fetcher.let_go(answer)
+                return answer
+
+            answers = await asyncio.gather(*map(one, range(12)))
+            return answers, highest, budget.held
+
+    with raw_server(talk) as (base_url, _):
+        began = time.monotonic()
+        answers, highest, left = asyncio.run(run())
+        seconds = time.monotonic() - began
+    assert [answer.status for answer in answers] == ["ok"] * 12
+    assert highest <= 300_000
+    assert left == 0
+    assert seconds >= 12 / at_once * 0.1, "no more at once"
+    assert max(answer.milliseconds for answer in answers) < 800
+    assert with_length or seconds > 0.8
+
+
+def test_the_budget_comes_back_from_whatever_fails() -> None:
+    async def run(base_url: str) -> int:
+        config = replace(FETCH, max_bytes_in_flight=1000, max_attempts=2)
+        async with Fetcher(config, LIMITS) as fetcher:
+            names = ("short", "text", "empty", "long", "picture")
+            for name in names * 3:
+                fetcher.let_go(await fetcher.fetch(f"{base_url}/{name}"))
+            task = asyncio.create_task(fetcher.fetch(f"{base_url}/stalls"))
+            await asyncio.sleep(0.2)
+            assert fetcher._budget.held > 0
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return fetcher._budget.held
+
+    async def talk(head: str, writer: asyncio.StreamWriter) -> None:
+        name = head.split()[1]
+        if name == "/short":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + JPEG[:100])
+            writer.close()
+        elif name == "/stalls":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + JPEG[:100])
+            await asyncio.sleep(60)
+        else:
+            bodies = {"/text": b"no picture" * 50, "/empty": b"", "/long": JPEG + bytes(400_000), "/picture": JPEG}
+            writer.write(http(bodies[name]))
+
+    with raw_server(talk) as (base_url, _):
+        assert asyncio.run(run(base_url)) == 0
+
+
+def test_a_budget_is_given_out_in_turn() -> None:
+    async def run() -> None:
+        budget, order = ByteBudget(100), list[int]()
+
+        async def one(number: int, wanted: int) -> None:
+            held = await budget.take(wanted)
+            order.append(number)
+            await asyncio.sleep(1.0)
+            budget.give(held)
+
+        tasks = [asyncio.create_task(one(*item)) for item in enumerate((60, 50, 10, 1000, 30, 100))]
+        await asyncio.sleep(0.5)
+        assert (order, budget.held) == ([0], 60), "small ones do not push in"
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (order, budget.held) == ([0, 2, 3, 4, 5], 0), "more than there is means all there is"
+        assert budget.take_now(101) == 100
+        assert budget.take_now(1) is None
+
+    on_fast_clock(run())
 
 
 def test_a_busy_machine_has_fewer_links_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,10 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("errors",)],
     [("config",), ("schema",), ("storage", "object_store"), ("endpoint",)],
     [
-        ("stage", "stage_run", "contract", "folders", "upkeep", "journal", "lease", "report", "charts"),
+        (
+            *("stage", "stage_run", "contract", "folders", "upkeep", "journal", "lease", "report", "charts"),
+            *("takedown", "removal"),
+        ),
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),
     ],
     [("model",)],

@@ -77,6 +77,37 @@ def test_rate_and_connections_of_a_host(
     assert min(later - earlier for earlier, later in pairwise(times)) >= gap_s * 0.999
 
 
+def test_a_host_that_only_redirects_lead_to_is_shared_by_all_workers() -> None:
+    async def most_at_once(hosts: Hosts, *is_own: bool) -> int:
+        now = highest = 0
+
+        async def one(own: bool) -> None:
+            nonlocal now, highest
+            await hosts.enter("cdn.test", 443, is_own=own)
+            now += 1
+            highest = max(highest, now)
+            await asyncio.sleep(10.0)
+            now -= 1
+            hosts.leave("cdn.test")
+
+        await asyncio.gather(*(one(own) for own in is_own for _ in range(20)))
+        return highest
+
+    async def run() -> None:
+        assert await most_at_once(make_hosts(num_workers=4), False) == 2
+        assert await most_at_once(make_hosts(num_workers=100), False) == 1
+        assert await most_at_once(make_hosts(num_workers=1), False) == 8
+        assert await most_at_once(make_hosts(num_workers=4), False, True) == 8, "once it has links of this worker's own"
+        assert await most_at_once(make_hosts(num_workers=4, shared=("cdn.test",)), True, False) == 2, (
+            "a giant stays one"
+        )
+        began = asyncio.get_running_loop().time()
+        await most_at_once(make_hosts(num_workers=4, rate=20.0), False)
+        assert asyncio.get_running_loop().time() - began >= 19 * 4 / 20.0
+
+    on_fast_clock(run())
+
+
 def test_throttling_pauses_grow_and_end_in_leaving_the_host_alone() -> None:
     async def run() -> None:
         hosts, loop = make_hosts(), asyncio.get_running_loop()

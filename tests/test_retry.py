@@ -144,7 +144,9 @@ def test_names_of_statuses() -> None:
     assert schema.statuses_of(["timeout"]) == ("timeout.connect", "timeout.read", "timeout.total")
     assert schema.statuses_of(["timeout.read", "bomb"]) == ("timeout.read", "bomb")
     assert "ok" not in schema.statuses_of(["failed"])
-    assert len(schema.statuses_of(["failed"])) == len(schema.STATUSES) - 1
+    assert set(schema.STATUSES) - set(schema.statuses_of(["failed"])) == {"ok", schema.TAKEN_DOWN}
+    assert schema.TAKEN_DOWN not in schema.statuses_of(["optout"])
+    assert schema.statuses_of([schema.TAKEN_DOWN]) == (schema.TAKEN_DOWN,)
     assert {"throttled", "timeout.total", "broken.reset"} <= set(schema.statuses_of(["transient"]))
     assert not {"dead.http404", "blocked.403"} & set(schema.statuses_of(["transient"]))
     with pytest.raises(ConfigError, match=r"no status 'timeouts'; did you mean 'timeout'\?"):

@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     clean.set_defaults(run=_clean)
 
     add_data_commands(commands.add_parser("data", help="look at conversations and take them elsewhere"))
+    takedown = commands.add_parser("takedown", help="remove pictures, words and features of listed links from folders")
+    listed = "a text, CSV or Parquet file: a link, host:NAME or the sha256 of a picture a line"
+    takedown.add_argument("list", type=address, metavar="LIST", help=listed)
+    told = "a stage folder, or a root that holds some; new runs under that root keep to the list too"
+    takedown.add_argument("places", type=address, nargs="+", metavar="ROOT-or-FOLDER", help=told)
+    takedown.set_defaults(run=_takedown)
 
     bench = commands.add_parser("bench", help="measure something, beside others, on this machine")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
@@ -121,6 +127,23 @@ def _clean(options: argparse.Namespace) -> int:
 
     left = clean(options.folder)
     sys.stdout.write(f"{options.folder}: removed {len(left)} of its files, none of them named by the manifest.\n")
+    return 0
+
+
+def _takedown(options: argparse.Namespace) -> int:
+    from tinyvlm.removal import take_down
+    from tinyvlm.takedown import read_list
+
+    done = take_down(read_list(options.list), options.places)
+    for item in done:
+        if not item.in_use:
+            said = f"{item.num_rows} {'row' if item.num_rows == 1 else 'rows'} taken down"
+            more = "; trained on rows that are taken down: its weights are not changed" if item.trained_on else ""
+            sys.stdout.write(f"{item.folder}: {said}{more}\n")
+    sys.stdout.write(f"{sum(item.num_rows for item in done)} rows taken down in {len(done)} folders.\n")
+    in_use = [item.in_use for item in done if item.in_use]
+    if in_use:
+        raise DataError(f"{' '.join(in_use)} The list is noted: what works there keeps to it; then run this again.")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from tinyvlm.stage import Stage
 
 
-def check_rows(stage: Stage, index: int, rows: pa.Table, out: pa.Table) -> dict[str, int]:
-    """The contract of a row map, for part `index`: `rows` came, `out` went; gives the number of rows by status.
+def check_rows(stage: Stage, index: int, rows: pa.Table, out: pa.Table, left: Collection[int] = ()) -> None:
+    """The contract of a row map, for part `index`: `rows` came, `out` went.
+
+    `left`: keys of rows that came once, stay in the output, and were taken down in the input since.
 
     Raises:
         StageError: a promise is broken.
@@ -30,16 +32,16 @@ def check_rows(stage: Stage, index: int, rows: pa.Table, out: pa.Table) -> dict[
     if len(set(went)) != len(went):
         twice = [key for key, count in Counter(went).items() if count > 1]
         raise StageError(f"{name} gave the same key to several rows {where}: {twice[:5]}.")
+    if left:
+        went = [key for key in went if key not in left]
     came, went = (set(came), set(out["source_key"].to_pylist())) if stage.fan_out else (came, went)
     if came != went:
         lost, new = sorted(set(came) - set(went))[:5], list(set(went) - set(came))[:5]
         said = f"lost keys {lost}, new keys {new}" if lost or new else "the rows are in another order"
         raise StageError(f"{name} lost, invented or moved rows {where}: {said}.")
-    counts = Counter(out["status"].to_pylist())
-    unknown = sorted(set(counts) - set(schema.STATUSES))
+    unknown = sorted(set(out["status"].to_pylist()) - set(schema.STATUSES))
     if unknown:
         raise StageError(f"{name} gave the status {unknown[0]!r} {where}, which is not in schema.STATUSES.")
-    return dict(counts)
 
 
 def check_counts(stage: Stage, path: str, index: int, rows_in: int, counts: Mapping[str, int], rows_there: int) -> None:

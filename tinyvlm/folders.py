@@ -36,6 +36,15 @@ from tinyvlm.errors import DataError, StageError
 
 MIN_FREE_BYTES = 256 * 1024**2
 """A stage does not start on a disk with less than this."""
+FOOTER = b"tinyvlm"
+"""Key of the JSON that each part carries in its Parquet footer: {"counts": {status: rows}, "rows_in": n}, of a retry
+`made_of`, and `content` where rows were taken down (see `describe`)."""
+WRITING: Mapping[str, Any] = {"compression": "zstd", "row_group_size": 1024, "write_batch_size": 32}
+"""How parts are written.  Small pages: a few pictures out of a row group should not cost all of it."""
+
+SHARED_PICTURES: Mapping[str, Any] = {"dictionary_pagesize_limit": 1 << 30}
+"""More for parts whose rows share pictures: each is stored once for a row group, however large its pages get."""
+
 log = logging.getLogger(__name__)
 _PART = re.compile(r"part-(\d+)(?:\.g(\d+))?(?:\.[0-9a-f]{16})?\.parquet")
 
@@ -115,12 +124,15 @@ class Manifest:
     tinyvlm_version: str
     git_commit: str | None
     generation: int = 0
-    """How often rows of some statuses were done again."""
+    """How often rows of some statuses were done again, or some taken down."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
-        """Fingerprint of what came out: a folder made anew with other rows is another input to the next stage."""
+        """Fingerprint of what came out: a folder made anew with other rows is another input to the next stage.
+
+        One from which rows were taken down is not: what was made of it stands, without those rows.
+        """
         contents = [entry.get("content") or entry.get("sha256") for _, entry in sorted(self.files.items())]
         return settings.fingerprint([self.fingerprint, contents])
 
@@ -267,11 +279,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_report(folder: Path, statistics: dict[str, Any]) -> None:
-    """stats.json and report.html."""
+    """report.html and stats.json, which comes last: whoever finds it need not look whether the other is of its time."""
     from tinyvlm.report import stage_report
 
-    write_atomic(folder / "stats.json", json.dumps(statistics, indent=2))
     write_atomic(folder / "report.html", stage_report(statistics))
+    write_atomic(folder / "stats.json", json.dumps(statistics, indent=2))
 
 
 def part_paths(folder: Path) -> list[Path]:
@@ -353,7 +365,8 @@ def describe(content: Any) -> dict[str, Any]:
     """The entry in the manifest of a data file with this content, a buffer.
 
     `sha256` is of the whole file.  `content` leaves out the measured columns, so two runs that differ in nothing else
-    have it in common: it is taken over the stored bytes of the other columns, which depend on the rows alone.
+    have it in common: it is taken over the stored bytes of the other columns, which depend on the rows alone.  A file
+    from which rows were taken down says in its footer what it was before: the next stage starts nothing anew.
     """
     metadata = pq.read_metadata(pa.BufferReader(content))
     measured = schema.measured_columns(metadata.schema.to_arrow_schema())
@@ -366,7 +379,14 @@ def describe(content: Any) -> dict[str, Any]:
                     first = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
                     rows.update(view[first : first + chunk.total_compressed_size])
         whole = hashlib.sha256(view).hexdigest()
-        return {"rows": metadata.num_rows, "bytes": len(view), "sha256": whole, "content": rows.hexdigest()}
+        made_as = footer_of(metadata).get("content", rows.hexdigest())
+        return {"rows": metadata.num_rows, "bytes": len(view), "sha256": whole, "content": made_as}
+
+
+def footer_of(metadata: Any) -> dict[str, Any]:
+    """What a data file says of itself in `FOOTER`, given its Parquet metadata; nothing where it says nothing."""
+    said: dict[str, Any] = json.loads((metadata.metadata or {}).get(FOOTER, b"{}"))
+    return said
 
 
 def git_commit() -> str | None:

@@ -25,6 +25,7 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 OK = "ok"
+TAKEN_DOWN = "optout.takedown"
 
 STATUSES: dict[str, str] = {
     OK: "usable by the next stage",
@@ -52,7 +53,7 @@ STATUSES: dict[str, str] = {
     "optout.header": "the server asks with X-Robots-Tag not to be used",
     "optout.tdm": "the server reserves text and data mining",
     "optout.robots": "robots.txt disallows the address",
-    "optout.takedown": "on the takedown list",
+    TAKEN_DOWN: "on a takedown list; its picture, words and features are removed",
     "too_large": "more bytes than allowed",
     "unreadable": "the file is gone, has changed, or may not be read",
     "not_image": "the bytes are no image of an allowed format",
@@ -81,6 +82,15 @@ STATUSES: dict[str, str] = {
 TRANSIENT = ("throttled", "timeout", "broken", "dead.host", "internal_error")
 """Statuses and families that may be other ones tomorrow: what `--retry transient` tries again."""
 
+KEPT_OF_TAKEN = frozenset(
+    (
+        *("key", "source_key", "url", "final_url", "sha256", "image_sha256", "duplicate_of", "http_status"),
+        *("source", "family", "split", "condition", "attempts", "milliseconds", "finished_at"),
+        *("file", "column", "offset", "length", "modified"),
+    )
+)
+"""What a row keeps, besides `status` and `detail`, when it is taken down: which one it is, and not what it holds."""
+
 MEASURED = {b"measured": b"true"}
 """Field metadata of columns that two equal runs may disagree in."""
 
@@ -88,14 +98,17 @@ MEASURED = {b"measured": b"true"}
 def statuses_of(names: Iterable[str]) -> tuple[str, ...]:
     """The statuses that names mean: statuses, families (`timeout`), "transient", or "failed" (all but ok).
 
+    What was taken down is meant by its own full name alone.
+
     Raises:
         ConfigError: a name that is none of these, with the nearest one.
     """
-    groups = {"transient": TRANSIENT, "failed": tuple(STATUSES)}
+    groups = {"transient": TRANSIENT, "failed": tuple(STATUSES.keys() - {TAKEN_DOWN})}
     found: set[str] = set()
     for name in names:
         for wanted in groups.get(name, (name,)):
-            fitting = {status for status in STATUSES if status == wanted or status.startswith(f"{wanted}.")} - {OK}
+            family = {status for status in STATUSES if status.startswith(f"{wanted}.")} - {TAKEN_DOWN}
+            fitting = family | ({wanted} & STATUSES.keys()) - {OK}
             if not fitting and wanted != OK:
                 known = [*groups, *STATUSES, *(status.split(".")[0] for status in STATUSES)]
                 near = difflib.get_close_matches(wanted, known, n=1, cutoff=0)[0]

@@ -70,6 +70,10 @@ class Stage:
     def close(self) -> None:
         """Let go of what the first call made: threads, sockets, processes.  The stage may be called again."""
 
+    def row_groups(self, rows: pa.Table) -> list[int]:
+        """How many rows each row group of a finished part gets; [] means all of the usual size."""
+        return []
+
     def statistics(self, folder: Path) -> dict[str, Any]:
         """Numbers and charts for stats.json and report.html, from the finished parts of `folder`."""
         return {}

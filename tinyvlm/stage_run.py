@@ -6,6 +6,9 @@
 
 A retry of some statuses works the same way on a finished folder: each part that has such rows is written anew as
 `part-00007.g1.parquet`, and counts from the moment when a new manifest names it; the old files stay for `clean`.
+
+What is on a takedown list of the output's root (takedown.py), or is made of a row that was taken down, leaves `_work`
+as a row without contents; lists that were added since are looked at once more before the folder is closed.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,8 @@ from tinyvlm import schema, storage
 from tinyvlm.contract import check_counts, check_rows
 from tinyvlm.errors import ConfigError, DataError, StageError, TinyVLMError
 from tinyvlm.folders import (
+    FOOTER,
+    WRITING,
     Input,
     Manifest,
     Part,
@@ -51,11 +57,10 @@ from tinyvlm.folders import (
 )
 from tinyvlm.journal import SUFFIX, Journal
 from tinyvlm.lease import Lease
+from tinyvlm.removal import Keys, judge, judge_file, next_name, rewrite
 from tinyvlm.stage import Stage
+from tinyvlm.takedown import Takedown, clear
 from tinyvlm.upkeep import tidy
-
-FOOTER = b"tinyvlm"
-"""Key of the JSON that each part carries in its Parquet footer: {"counts": {status: rows}, "rows_in": n}."""
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +83,11 @@ class StageRun:
         self.fingerprint = settings.fingerprint(identity)
         self.folder = self.root / f"{stage.name}-{self.fingerprint[:12]}"
         self.stage.folder = self.folder
+
+    @cached_property
+    def takedown(self) -> Takedown:
+        """What must not be kept under this root, as it was when this was first asked for."""
+        return Takedown.of(self.root)
 
     @property
     def is_finished(self) -> bool:
@@ -197,8 +207,11 @@ class StageRun:
         Raises:
             StageError: parts or rows are missing, or another driver holds the folder.
         """
-        by_index = {result.index: result for result in results}
         before = Manifest.read(self.folder).generation if is_finished(self.folder) else None
+        listed = Takedown.of(self.root)  # anew: lists may have come since the parts were done
+        by_index = {result.index: result for result in results}
+        if listed:
+            self._take_down(by_index, listed, before)
         counts, files = self._account(by_index)
         # After `discard_damaged` files of several generations may come together in a new manifest.
         newest_file = max((part[1] for name in files if (part := part_of(name))), default=0)
@@ -230,6 +243,8 @@ class StageRun:
             close_folder(self.folder, manifest, self._statistics(manifest))
         else:  # the old manifest names the old files, so the new one comes first and statistics look at what it names
             write_manifest(self.folder, manifest)
+            if listed:
+                self._drop_taken_down(files, listed)
             self._refresh_report(manifest)
         point_latest(self.root, self.stage.pointer or self.stage.name, self.folder)
         return manifest
@@ -262,6 +277,7 @@ class StageRun:
         light.source = replace(self.source, parts=())
         light.stage = copy.copy(self.stage)
         light.stage.num_workers = num_workers
+        light.__dict__.pop("takedown", None)  # may be long: each worker reads it where it lies
         return light
 
     def _work(self, part: Part, lease_number: int | None) -> PartResult:
@@ -271,18 +287,22 @@ class StageRun:
             if lease_number is not None:
                 Lease.check(self.folder, lease_number)
 
-        rows = self._read_part(part)
+        rows, gone = self._read_part(part)
         journal = Journal(self.folder / "data" / f".{part.file_name}{SUFFIX}", self.stage.writes, may_write)
         out = self._map(part, rows, journal)
-        counts = check_rows(self.stage, part.index, rows, out)
-        about = {"counts": counts, "rows_in": rows.num_rows, **({"made_of": part.made_of} if part.made_of else {})}
+        # Of a retry: rows that were usable in the input when they were first done, and are taken down there now.
+        left = set(gone.tolist()) - set(rows["key"].to_pylist()) if part.previous else ()
+        left = left & set(out["key"].to_pylist()) if left else ()
+        check_rows(self.stage, part.index, rows, out, left)
+        out = clear(out, judge(out, self.takedown, gone).meant)
+        counts = dict(Counter(out["status"].to_pylist()))
+        rows_in = rows.num_rows + len(left)
+        about = {"counts": counts, "rows_in": rows_in, **({"made_of": part.made_of} if part.made_of else {})}
         footer = {FOOTER: json.dumps(about).encode()}
         # The stage's own schema, for the marks on its columns; one chunk a column, so that equal rows are equal bytes.
         out = pa.Table.from_arrays(out.columns, schema=self.stage.writes.with_metadata(footer)).combine_chunks()
         with storage.draft(self.folder / "data" / part.name_in(self.folder)) as draft:
-            # Small pages: a few pictures out of a row group should not cost all of it.
-            options = {"compression": "zstd", "row_group_size": 1024, "write_batch_size": 32, **self.stage.writing}
-            draft.write_table(out, **options)
+            draft.write_table(out, row_groups=self.stage.row_groups(out), **{**WRITING, **self.stage.writing})
             with draft.content() as content:
                 described = describe(content)
             # Between this check and the rename a new holder may appear; it then finds a whole and equal part.
@@ -290,9 +310,7 @@ class StageRun:
             draft.publish()
         journal.remove()
         seconds = time.perf_counter() - started
-        return PartResult(
-            part.index, rows.num_rows, counts, described["bytes"], seconds, draft.path.name, file=described
-        )
+        return PartResult(part.index, rows_in, counts, described["bytes"], seconds, draft.path.name, file=described)
 
     def _map(self, part: Part, rows: pa.Table, journal: Journal) -> pa.Table:
         """All rows of a part through the stage; of a retry only those with the wanted statuses, in their old places."""
@@ -306,15 +324,50 @@ class StageRun:
         newest = {key: place for place, key in enumerate(out["key"].to_pylist())}
         return out.take([newest[key] for key in before["key"].to_pylist()])
 
-    def _read_part(self, part: Part) -> pa.Table:
+    def _read_part(self, part: Part) -> tuple[pa.Table, Keys]:
+        """The rows to map, and the keys of those in the input that must not be kept."""
         try:
-            rows = read_rows(part.path, part.offset, part.num_rows)
+            rows = read_rows(str(self._where(part)), part.offset, part.num_rows)
         except (OSError, pa.ArrowInvalid) as error:
             said = str(error).splitlines()[0]
             raise DataError(f"{self.stage.name} cannot read its input {part.path} ({said}).") from error
         if rows.num_rows != part.num_rows:
             raise DataError(f"{self.stage.name} wants {part.num_rows} rows of {part.path}, which gave {rows.num_rows}.")
-        return self.stage.select(rows) if self.source.is_stage else rows
+        return (self.stage.select(rows) if self.source.is_stage else rows), judge(rows, self.takedown).keys
+
+    def _where(self, part: Part) -> Path:
+        """The part's file; what replaced it, if rows were taken down there while this run goes on."""
+        path = storage.address(part.path)
+        known = part_of(path.name)
+        if not self.source.is_stage or known is None or storage.is_file(path):
+            return path
+        manifests = {name: Manifest.read(storage.address(folder)) for name, folder in self.source.folders.items()}
+        is_same = settings.fingerprint({name: m.identity for name, m in manifests.items()}) == self.source.fingerprint
+        now = Manifest.read(path.parent.parent).parts.get(known[0])
+        return path.with_name(now) if is_same and now else path
+
+    def _take_down(self, by_index: dict[int, PartResult], listed: Takedown, before: int | None) -> None:
+        """Clear finished parts of what is listed, as files of the next generation."""
+        for part in self.source.parts:
+            result = by_index.get(part.index)
+            if result is None or not storage.is_file(path := self.folder / "data" / result.name):
+                continue  # `_account` says so
+            judged = judge_file(path, listed, judge_file(self._where(part), listed).keys)
+            if judged.due.any():
+                number = ((part_of(result.name) or (0, 0))[1] if before is None else before) + 1
+                name = next_name(self.folder, result.name, number)
+                file, counts = rewrite(path, path.with_name(name), judged.due)
+                by_index[part.index] = replace(result, name=name, file=file, counts=counts, num_bytes=file["bytes"])
+
+    def _drop_taken_down(self, files: Mapping[str, Any], listed: Takedown) -> None:
+        """Remove data files that count no more and hold what is listed; `clean` takes the others in its time."""
+        parts = {part.index: part for part in self.source.parts}
+        for name in storage.sizes(self.folder / "data"):
+            known, path = part_of(name), self.folder / "data" / name
+            if known and name not in files and known[0] in parts:
+                gone = judge_file(self._where(parts[known[0]]), listed).keys
+                if judge_file(path, listed, gone).due.any():
+                    storage.remove(path)
 
     def _account(self, by_index: Mapping[int, PartResult]) -> tuple[Counter[str], dict[str, Any]]:
         """Counts by status and the manifest's list of files.  Raises StageError unless every row is there."""

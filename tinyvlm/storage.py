@@ -59,7 +59,7 @@ class Disk:
 
     def write_table(self, path: Path, table: pa.Table, options: dict[str, Any]) -> None:
         """A new Parquet file; not flushed."""
-        pq.write_table(table, path, **options)
+        write_parquet(path, table, **options)
 
     def sync(self, path: Path) -> None:
         """Flush a file, or the names in a folder, to the medium."""
@@ -191,7 +191,7 @@ class Draft:
             disk.sync(self._draft)
 
     def write_table(self, table: pa.Table, **options: Any) -> None:
-        """All of the file's content, as Parquet; options of `pyarrow.parquet.write_table`."""
+        """All of the file's content, as Parquet; see `write_parquet`."""
         disk.write_table(self._draft, table, options)
         if self._sync:
             disk.sync(self._draft)
@@ -235,9 +235,9 @@ class ObjectDraft(Draft):
         self._content = pa.py_buffer(content.encode() if isinstance(content, str) else content)
 
     def write_table(self, table: pa.Table, **options: Any) -> None:
-        """All of the object's content, as Parquet; options of `pyarrow.parquet.write_table`."""
+        """All of the object's content, as Parquet; see `write_parquet`."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, **options)
+        write_parquet(sink, table, **options)
         self._content = sink.getvalue()
 
     def content(self) -> AbstractContextManager[Any]:
@@ -251,6 +251,23 @@ class ObjectDraft(Draft):
     def publish_new(self) -> None:
         """Put it.  Raises FileExistsError when there is an object of that name."""
         objects.put(self.path, self._content.to_pybytes(), new=True)
+
+
+def write_parquet(
+    sink: Any, table: pa.Table, *, row_groups: Sequence[int] = (), row_group_size: int = 1024, **options: Any
+) -> None:
+    """A Parquet file; `options` of `pyarrow.parquet.ParquetWriter`.
+
+    Args:
+        row_groups: how many rows each row group has; () cuts them at `row_group_size`.
+    """
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+        start = 0
+        for size in row_groups:
+            writer.write_table(table.slice(start, size), row_group_size=max(1, size))
+            start += size
+        if not row_groups:
+            writer.write_table(table, row_group_size=row_group_size)
 
 
 def write_atomic(path: Path, content: Content, *, sync: bool = True) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tinyvlm import storage
+from tinyvlm import storage, takedown
 from tinyvlm.errors import DataError, StageError
 from tinyvlm.folders import Manifest, part_of
 from tinyvlm.lease import STALE_S, Lease
@@ -94,8 +94,10 @@ def clean(folder: Path) -> list[Path]:
     with Lease.take(folder):
         manifest = Manifest.read(folder)
         pointers, pointer = folder.parent / "latest", f".{manifest.stage}.json."
+        lists = folder.parent / takedown.FOLDER
         return [
             *_remove_entries(folder / "data", lambda name: name not in manifest.files),
             *_remove_entries(pointers, lambda name: name.startswith(pointer) and _is_old(pointers / name)),
+            *_remove_entries(lists, lambda name: name.startswith(".") and _is_old(lists / name)),
             *tidy(folder),
         ]

@@ -26,6 +26,7 @@ from tinyvlm.folders import Manifest
 from tinyvlm.journal import Journal
 from tinyvlm.stage import Stage
 from tinyvlm.storage import address
+from tinyvlm.takedown import Takedown
 
 if TYPE_CHECKING:
     from tinyvlm.recipes import Recipe
@@ -139,7 +140,10 @@ class Download(Stage):
         """One for all threads of this worker."""
         with self._lock:
             if self._running is None:
-                self._running = Downloader(self.config, self.picture, self.limits, self._giants(), self.num_workers)
+                takedown = Takedown.of(self.folder.parent) if self.folder else None
+                self._running = Downloader(
+                    self.config, self.picture, self.limits, self._giants(), self.num_workers, takedown
+                )
             return self._running
 
     def _giants(self) -> list[str]:

@@ -25,6 +25,7 @@ from tinyvlm.data.decoding import Decoded, Decoders
 from tinyvlm.data.fetch import Answer, Fetcher
 from tinyvlm.data.session import new_event_loop
 from tinyvlm.schema import OK
+from tinyvlm.takedown import Takedown
 
 if TYPE_CHECKING:
     from tinyvlm.data.download import DownloadConfig
@@ -63,8 +64,9 @@ class Downloader:
         limits: images.LimitConfig,
         giants: Collection[str] = (),
         num_workers: int = 1,
+        takedown: Takedown | None = None,
     ) -> None:
-        """`giants`: hosts that each of `num_workers` workers asks, sharing their budget."""
+        """`giants`: hosts that each of `num_workers` workers asks, sharing their budget.  `takedown`: not asked."""
         self.config = config
         self._loop = new_event_loop()
         self._unsaved = asyncio.Semaphore(MAX_UNSAVED)
@@ -74,25 +76,25 @@ class Downloader:
         self._decoders = Decoders(picture, limits, config.store, config.decode_processes, config.decode_timeout_s)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._thread.start()
-        self._fetcher = Fetcher(config.fetch, limits, shared_hosts=giants, num_workers=num_workers)
+        self._fetcher = Fetcher(config.fetch, limits, shared_hosts=giants, num_workers=num_workers, takedown=takedown)
         self._do(self._fetcher.__aenter__())
 
     def outcomes(self, urls: Sequence[str]) -> Iterator[Batch]:
         """(position, outcome) of every link, a few at a time, as they come; asking for more says that they are kept."""
         came: queue.SimpleQueue[tuple[int, Outcome] | BaseException] = queue.SimpleQueue()
         tasks = self._do(self._start(urls, came))
-        missing, held = len(urls), 0
+        missing, held = len(urls), Batch()
         try:
             while missing:
-                batch = _next_batch(came, missing)
-                missing, held = missing - len(batch), len(batch)
-                yield batch
+                held = _next_batch(came, missing)
+                missing -= len(held)
+                yield held
                 self._release(held)
-                held = 0
+                held = Batch()
         finally:
             if missing or held:
                 self._do(self._cancel(tasks))
-                self._release(held + _count(came))
+                self._release([*held, *_rest(came)])
 
     def close(self) -> None:
         """End the loop and the decoders; what is still in flight is given up."""
@@ -105,10 +107,11 @@ class Downloader:
     def _do(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def _release(self, number: int) -> None:
+    def _release(self, batch: Batch) -> None:
         def release() -> None:
-            for _ in range(number):
+            for _, outcome in batch:
                 self._unsaved.release()
+                self._fetcher.let_go(outcome.answer)  # of an original, which was held until now
 
         self._loop.call_soon_threadsafe(release)
 
@@ -141,11 +144,16 @@ class Downloader:
         self._count_backlog(1)
         try:
             decoded = await asyncio.wrap_future(self._decoders.submit(body))
+        except BaseException:
+            self._fetcher.let_go(answer)
+            raise
         finally:
             self._count_backlog(-1)
         answer.status, answer.detail = decoded.status, decoded.detail
         # An original is kept as it was sent; whether it is good was only looked at.
         image = body if self.config.store == "original" and decoded.status == OK else decoded.image
+        if image is not body:
+            self._fetcher.let_go(answer)
         return Outcome(answer, decoded, image, len(body))
 
     def _count_backlog(self, change: int) -> None:
@@ -176,8 +184,11 @@ def _next_batch(came: queue.SimpleQueue[Any], most: int) -> Batch:
     return batch
 
 
-def _count(came: queue.SimpleQueue[Any]) -> int:
-    number = 0
+def _rest(came: queue.SimpleQueue[Any]) -> Batch:
+    """The outcomes that nobody took."""
+    rest = Batch()
     while not came.empty():
-        number += not isinstance(came.get(), BaseException)
-    return number
+        item = came.get()
+        if not isinstance(item, BaseException):
+            rest.append(item)
+    return rest

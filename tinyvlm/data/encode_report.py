@@ -18,7 +18,7 @@ from tinyvlm.data.calibrate import Calibration
 from tinyvlm.data.samples import rows_by_key, sheet_item
 from tinyvlm.errors import StageError
 from tinyvlm.folders import scan
-from tinyvlm.schema import OK
+from tinyvlm.schema import OK, TAKEN_DOWN
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -110,8 +110,8 @@ class _Seen:
         """Count one part."""
         is_placeholder = pc.starts_with(rows["status"], "placeholder.")
         self.num_placeholders += int(pc.sum(is_placeholder).as_py() or 0)
-        self.reasons.update(rows["detail"].drop_null().to_pylist())
-        self.encoders.update(pc.unique(rows["encoder"]).to_pylist())
+        self.reasons.update(rows["detail"].filter(pc.not_equal(rows["status"], TAKEN_DOWN)).drop_null().to_pylist())
+        self.encoders.update(pc.unique(rows["encoder"].drop_null()).to_pylist())
         measured = rows.filter(pc.is_valid(rows["similarity"]))
         similarity = measured["similarity"].to_numpy()
         self.num_measured += len(similarity)

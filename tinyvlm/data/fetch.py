@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 import aiohttp
@@ -28,14 +28,16 @@ from tinyvlm import __version__, images
 from tinyvlm.config import speed
 from tinyvlm.data.addresses import FetchError, Known, NotAsked, Resolver, is_invalid
 from tinyvlm.data.breaker import GRACE_S, SILENT, Breaker
+from tinyvlm.data.budget import ByteBudget
 from tinyvlm.data.hosts import Hosts
 from tinyvlm.data.places import Places
-from tinyvlm.data.responses import PICTURES, REDIRECTS, THROTTLED, explain, opt_out, refusal, unpack
+from tinyvlm.data.responses import PICTURES, REDIRECTS, THROTTLED, explain, opt_out, read_body, read_text, refusal
 from tinyvlm.data.robots import MAX_BYTES, Robots
 from tinyvlm.data.session import open_session, tls_context, tune_process
 from tinyvlm.data.urls import check_url, join, unescape
 from tinyvlm.errors import ConfigError, NetworkError
-from tinyvlm.schema import OK
+from tinyvlm.schema import OK, TAKEN_DOWN
+from tinyvlm.takedown import DETAIL, Takedown
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,6 +88,9 @@ class FetchConfig:
     """Redirects followed for one link."""
     concurrency: int = speed(256)
     """Most links in flight in one worker; how many really are follows how well it goes."""
+    max_bytes_in_flight: int = speed(256 << 20)
+    """Most bytes of bodies that one worker holds, from the first byte until the picture is decoded; a body without a
+    length counts as limits.max_bytes.  Links wait for room, and their deadlines with them."""
     concurrency_per_host: int = speed(8)
     """Links in flight at one host."""
     rate_per_host: float = speed(20.0)
@@ -96,7 +101,7 @@ class FetchConfig:
     """Name lookups at a time in one worker."""
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "concurrency_per_host", "dns_threads", "max_attempts"):
+        for name in ("concurrency", "concurrency_per_host", "dns_threads", "max_attempts", "max_bytes_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"fetch.{name} wants at least 1, but got {getattr(self, name)}.")
         for name in ("rate_per_host", "dead_after", "backoff_s", "max_wait_s"):
@@ -118,6 +123,10 @@ class Answer:
     attempts: int = 0
     milliseconds: float = 0.0
     """Spent on the network, without pauses and queues."""
+    held_bytes: int = 0
+    """Of the worker's budget, for `body`; `Fetcher.let_go` brings them back."""
+    deadline: asyncio.Timeout | None = field(default=None, repr=False)
+    """Of the request that is under way."""
 
 
 class Fetcher:
@@ -131,8 +140,10 @@ class Fetcher:
         *,
         shared_hosts: Collection[str] = (),
         num_workers: int = 1,
+        takedown: Takedown | None = None,
     ) -> None:
         """`shared_hosts`: names of hosts that all `num_workers` workers ask, each with its part of their budget.
+        `takedown`: links and hosts that are not asked, also where others redirect to them.
 
         Raises:
             ConfigError: the file of certificates cannot be read.
@@ -140,6 +151,7 @@ class Fetcher:
         self.config, self.limits = config, limits
         self._dns_cache = {} if dns_cache is None else dns_cache
         self._shared_hosts, self._num_workers = shared_hosts, num_workers
+        self._takedown = takedown or Takedown()
         self._tls = tls_context(config.ca_file)
         self._breaker = Breaker()
         self._stopped = ""
@@ -157,6 +169,7 @@ class Fetcher:
             shared=self._shared_hosts,
             num_workers=self._num_workers,
         )
+        self._budget = ByteBudget(config.max_bytes_in_flight)
         self._places = Places(config.concurrency, settle_s=config.connect_timeout_s)
         self._robots = Robots(self._read_text) if config.respect_robots else None
         self._resolver = Resolver(config.allow_hosts, self._dns_cache, config.dns_threads, config.dns_timeout_s)
@@ -180,8 +193,13 @@ class Fetcher:
         """How many links may be in flight now."""
         return int(self._places.limit)
 
+    def let_go(self, answer: Answer) -> None:
+        """The body is held no longer: others may have its room."""
+        self._budget.give(answer.held_bytes)
+        answer.held_bytes = 0
+
     async def fetch(self, url: str) -> Answer:
-        """The bytes behind `url`, or why there are none.
+        """The bytes behind `url`, or why there are none; `let_go` must follow when they are not needed any more.
 
         Raises:
             NetworkError: nothing answers any more; all calls that wait get it.
@@ -201,6 +219,8 @@ class Fetcher:
             raise
         finally:
             self._tasks.discard(task)
+            if answer.body is None:
+                self.let_go(answer)
         return answer
 
     async def _persist(self, url: str, answer: Answer, take: _Take[T], robots: Robots | None) -> T:
@@ -240,10 +260,13 @@ class Fetcher:
         left_s = self.config.total_timeout_s
         first = answer.attempts > 1  # who has begun goes before those who have not
         seen: set[str] = set()
+        own_host: str | None = None
         while True:
             answer.final_url = url
             target = check_url(url, self.config.allow_hosts)
             url = str(target)
+            if self._takedown.lists_link(url):
+                raise NotAsked(TAKEN_DOWN, DETAIL)
             if url in seen:
                 raise FetchError("dead.redirects", "redirects in a circle")
             if len(seen) > self.config.max_redirects:
@@ -252,21 +275,25 @@ class Fetcher:
             if robots is not None:
                 await robots.check(target)
             before_ms = answer.milliseconds
-            found = await self._ask(target, answer, take, left_s, first)
+            if own_host is None and take != self._take_text:  # robots.txt may be that of a redirect's target
+                own_host = target.raw_host
+            found = await self._ask(target, answer, take, left_s, first, is_own=target.raw_host == own_host)
             if not isinstance(found, _Elsewhere):
                 return found
             url, first = found.url, True
             left_s -= (answer.milliseconds - before_ms) / 1000
 
-    async def _ask(self, target: URL, answer: Answer, take: _Take[T], left_s: float, first: bool) -> T | _Elsewhere:
-        """One request in its turn; what came of it is remembered."""
+    async def _ask(
+        self, target: URL, answer: Answer, take: _Take[T], left_s: float, first: bool, *, is_own: bool
+    ) -> T | _Elsewhere:
+        """One request in its turn; what came of it is remembered.  `is_own`: see `Hosts.enter`."""
         name, port = target.raw_host or "", target.port
         failure: FetchError | None = None
-        async with self._place(name, port, first):
+        async with self._place(name, port, first, is_own):
             answer.final_url, answer.http_status = str(target), None
             started, began_at = time.perf_counter(), asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(left_s) as answer.deadline:
                     return await self._hop(target, answer, take)
             except TimeoutError:
                 failure = FetchError(
@@ -281,10 +308,10 @@ class Fetcher:
                 self._note_request(name, port, answer.http_status, failure, began_at)
 
     @asynccontextmanager
-    async def _place(self, name: str, port: int | None, first: bool) -> AsyncIterator[None]:
+    async def _place(self, name: str, port: int | None, first: bool, is_own: bool) -> AsyncIterator[None]:
         """A place at the host, then one among all: a slow host must not hold places that others could use."""
         while True:
-            await self._hosts.enter(name, port, first=first)
+            await self._hosts.enter(name, port, first=first, is_own=is_own)
             try:
                 await self._places.enter(first=first)
             except BaseException:
@@ -309,53 +336,45 @@ class Fetcher:
                 location = response.headers.get(hdrs.LOCATION) if response.status in REDIRECTS else None
                 if location is not None:
                     return _Elsewhere(_join(target, location))
-                return await take(response)
+                return await take(response, answer)
         except aiohttp.ClientError as error:
             raise explain(error) from None
 
-    async def _take_picture(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _take_picture(self, response: aiohttp.ClientResponse, answer: Answer) -> bytes:
         if response.status not in PICTURES:
             raise refusal(response.status, response.headers.get(hdrs.RETRY_AFTER))
         if self.config.respect_opt_outs and (refused := opt_out(response.headers)):
             raise refused
-        most = self.limits.max_bytes
-        if (response.content_length or 0) > most:
-            raise FetchError("too_large", f"{response.content_length} bytes announced, {most} allowed")
-        encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
-        pieces: list[bytes] = []
-        num_bytes = 0
-        sniffed = encoding != "identity"
-        async for piece in response.content.iter_any():
-            pieces.append(piece)
-            num_bytes += len(piece)
-            if num_bytes > most:
-                raise FetchError("too_large", f"more than {most} bytes")
-            if not sniffed and num_bytes >= images.SIGNATURE_BYTES:
-                sniffed = True
-                first_bytes = b"".join(pieces)[: images.SIGNATURE_BYTES]
-                if images.sniff(first_bytes) is None:
-                    raise FetchError("not_image", f"{response.content_type}, begins with {first_bytes[:12]!r}")
-        if not num_bytes:
-            raise FetchError("not_image", "empty answer")
-        body = b"".join(pieces)
-        return body if encoding == "identity" else unpack(body, encoding, most)
+        most, announced = self.limits.max_bytes, response.content_length
+        if (announced or 0) > most:
+            raise FetchError("too_large", f"{announced} bytes announced, {most} allowed")
+        held = await self._hold(most if announced is None else announced, answer)
+        try:
+            body = await read_body(response, most)
+        except BaseException:
+            self._budget.give(held)
+            raise
+        self._budget.give(held - len(body))
+        answer.held_bytes = len(body)
+        return body
+
+    async def _hold(self, num_bytes: int, answer: Answer) -> int:
+        """Room for a body.  While it waits the deadline does, and it counts as no time on the network."""
+        held, deadline, loop = self._budget.take_now(num_bytes), answer.deadline, asyncio.get_running_loop()
+        if held is None and deadline is not None:
+            due, began = deadline.when(), loop.time()
+            deadline.reschedule(None)
+            held = await self._budget.take(num_bytes)
+            answer.milliseconds -= (loop.time() - began) * 1000
+            deadline.reschedule(due and due + loop.time() - began)
+        return held or 0
 
     async def _read_text(self, url: str) -> bytes:
         """What `robots` reads."""
         return await self._persist(url, Answer(), self._take_text, None)
 
-    async def _take_text(self, response: aiohttp.ClientResponse) -> bytes:
-        """RFC 9309 §2.3.1: 4xx means that there is none; that 429 is no answer to the question is our reading."""
-        code = response.status
-        if code == 429 or code >= 500:
-            raise refusal(code, response.headers.get(hdrs.RETRY_AFTER))
-        if not 200 <= code < 300:
-            return b""
-        body = await response.content.read(0)
-        while len(body) < MAX_BYTES and (piece := await response.content.readany()):
-            body += piece
-        encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
-        return body[:MAX_BYTES] if encoding == "identity" else unpack(body, encoding, MAX_BYTES)
+    async def _take_text(self, response: aiohttp.ClientResponse, answer: Answer) -> bytes:
+        return await read_text(response, MAX_BYTES)
 
     def _note_request(
         self, name: str, port: int | None, code: int | None, failure: FetchError | None, began_at: float
@@ -409,7 +428,7 @@ class _Elsewhere:
     url: str
 
 
-_Take = Callable[[aiohttp.ClientResponse], Awaitable[T]]
+_Take = Callable[[aiohttp.ClientResponse, Answer], Awaitable[T]]
 
 
 def _join(base: URL, location: str) -> str:

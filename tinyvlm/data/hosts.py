@@ -3,10 +3,10 @@
     row ──enter──▶ host's queue ─┬─ a connection is free, the pause is over, the rate allows it ──▶ asks ──leave──▶
                                  └─ host closed or dead: refused at once, the whole queue with it
 
-One `Hosts` serves one worker.  Rows are routed to workers by host, so what it knows holds for the whole run; only the
-giants among hosts, whose links are spread over all workers, share: each worker takes its part of their budget.  What
-is remembered is bounded: a host about which there is nothing to remember is forgotten, and the idle that were not asked
-for longest make room for others.
+One `Hosts` serves one worker.  Rows are routed to workers by host, so what it knows holds for the whole run.  Two kinds
+of hosts are asked by several workers, each of which takes its part of their budget: the giants, whose links are spread
+over all, and those that only redirects lead to.  What is remembered is bounded: a host about which there is nothing to
+remember is forgotten, and the idle that were not asked for longest make room for others.
 """
 
 from __future__ import annotations
@@ -100,13 +100,15 @@ class Hosts:
     def __len__(self) -> int:
         return len(self._hosts)
 
-    async def enter(self, name: str, port: int | None, *, first: bool = False) -> None:
+    async def enter(self, name: str, port: int | None, *, first: bool = False, is_own: bool = True) -> None:
         """Wait until the host may be asked; `leave` must follow.  `first`: before the others in its queue.
+
+        `is_own`: for a link of this worker; otherwise somebody else's link led here, and other workers may ask too.
 
         Raises:
             NotAsked: `dead.host`, or `throttled` if it is paused for longer than anybody should wait.
         """
-        host = self._get(name)
+        host = self._get(name, is_own=is_own)
         self._refuse(name, port, host)
         if not host.waiting and host.active < host.limit and self._ready_at(host) <= self._loop.time():
             self._admit(host)
@@ -158,15 +160,19 @@ class Hosts:
                 host.waiting = deque(waiting for waiting in host.waiting if waiting[1] != port)
                 _refuse_all(doomed, _dead(door))
 
-    def _get(self, name: str) -> _Host:
+    def _get(self, name: str, *, is_own: bool = False) -> _Host:
         host = self._hosts.get(name)
         if host is None:
-            shares = self._num_workers if name in self._shared else 1
-            spacing_s = shares / self._rate if self._rate else 0.0
             self._make_room()
-            host = self._hosts[name] = _Host(max(1, self._per_host // shares), spacing_s)
+            host = self._hosts[name] = _Host(*self._budget(self._num_workers))
+        if is_own and name not in self._shared:  # its links are this worker's alone, wherever else redirects lead
+            host.limit, host.spacing_s = self._budget(1)
         self._hosts.move_to_end(name)
         return host
+
+    def _budget(self, num_workers: int) -> tuple[int, float]:
+        """Connections, and seconds between requests, of one of so many workers that ask a host."""
+        return max(1, self._per_host // num_workers), num_workers / self._rate if self._rate else 0.0
 
     def _make_room(self) -> None:
         for _ in range(len(self._hosts) if len(self._hosts) >= MAX_HOSTS else 0):

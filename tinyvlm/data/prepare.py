@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tinyvlm import images, schema
 from tinyvlm.architecture import ModelConfig
@@ -39,6 +40,7 @@ from tinyvlm.data.rewriting import RewriteConfig
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, StoredImage, storable
 from tinyvlm.data.sources.catalogue import SourceName, open_source
 from tinyvlm.errors import CheckpointError, ConfigError, DataError, InputError
+from tinyvlm.folders import SHARED_PICTURES, WRITING
 from tinyvlm.stage import Stage
 from tinyvlm.storage import address
 
@@ -148,8 +150,7 @@ class Prepare(Stage):
     fan_out = True
     bytes_per_row = 60_000
     writes = schema.CONVERSATIONS
-    # The picture of several rows is stored once for a row group, however large its pages get.
-    writing = {"dictionary_pagesize_limit": 1 << 30}  # noqa: RUF012
+    writing = SHARED_PICTURES
 
     def __init__(
         self,
@@ -211,6 +212,13 @@ class Prepare(Stage):
         made = [self._row(key, number, one, shown) for key, number, one, shown in given]
         made.sort(key=_order)
         return pa.Table.from_pylist(made, schema=self.writes)
+
+    def row_groups(self, rows: pa.Table) -> list[int]:
+        """Splits apart, and so are rows that were set aside: a few held-out rows cost no whole row group to read."""
+        sides = zip(pc.equal(rows["status"], schema.OK).to_pylist(), rows["split"].to_pylist(), strict=True)
+        runs = [len(list(run)) for _, run in itertools.groupby(sides)]
+        most = int(WRITING["row_group_size"])
+        return [min(most, run - start) for run in runs for start in range(0, run, most)]
 
     def statistics(self, folder: Path) -> dict[str, Any]:
         """Conversations by source, family and split, their lengths, what was set aside, and examples."""

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tinyvlm import schema
 from tinyvlm.errors import StageError
 from tinyvlm.folders import part_paths, read_rows
+from tinyvlm.storage import readable
 
 
 def judge(
@@ -40,18 +42,23 @@ class EarlierRows:
     """Rows of a finished encode folder, found by the keys of the part that they were made of."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        firsts = [(read_rows(str(path), 0, 1, ["key"])["key"].to_pylist(), path) for path in part_paths(folder)]
-        self._parts = {keys[0]: path for keys, path in firsts if keys}
+        self.folder, self._paths = folder, part_paths(folder)
+        keys = [pq.read_table(readable(path), columns=["key"])["key"].to_numpy() for path in self._paths]
+        parts = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
+        all_keys = np.concatenate([np.empty(0, np.int64), *keys])
+        order = np.argsort(all_keys)
+        self._keys, self._parts = all_keys[order], parts[order]
 
     def like(self, keys: Sequence[int]) -> pa.Table:
-        """The part with these keys.
+        """The rows with these keys, which lie in one part; it may hold more, if some were taken down in between.
 
         Raises:
-            StageError: there is none.
+            StageError: there are none.
         """
-        path = self._parts.get(keys[0])
-        found = None if path is None else read_rows(str(path), 0, len(keys))
-        if found is None or found["key"].to_pylist() != list(keys):
-            raise StageError(f"{self.folder} does not hold the rows that it was made of; remove it and encode again.")
-        return found
+        place = int(np.searchsorted(self._keys, keys[0]))
+        if place < len(self._keys) and self._keys[place] == keys[0]:
+            found = read_rows(str(self._paths[self._parts[place]]), 0, 10**9)
+            places = {key: number for number, key in enumerate(found["key"].to_pylist())}
+            if places.keys() >= set(keys):
+                return found.take([places[key] for key in keys])
+        raise StageError(f"{self.folder} does not hold the rows that it was made of; remove it and encode again.")

@@ -18,9 +18,11 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import aiohttp
+from aiohttp import hdrs
 from aiohttp.http_exceptions import TransferEncodingError
 from multidict import CIMultiDictProxy
 
+from tinyvlm import images
 from tinyvlm.data.addresses import FetchError
 
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
@@ -113,6 +115,49 @@ def retry_after_s(text: str | None) -> float | None:
         return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
     except (ValueError, OverflowError):
         return None
+
+
+async def read_body(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The picture in an answer, unpacked; of `most` bytes.
+
+    Raises:
+        FetchError: it is longer, empty, or its first bytes are those of no picture.
+    """
+    encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+    pieces: list[bytes] = []
+    num_bytes = 0
+    sniffed = encoding != "identity"
+    async for piece in response.content.iter_any():
+        pieces.append(piece)
+        num_bytes += len(piece)
+        if num_bytes > most:
+            raise FetchError("too_large", f"more than {most} bytes")
+        if not sniffed and num_bytes >= images.SIGNATURE_BYTES:
+            sniffed = True
+            first_bytes = b"".join(pieces)[: images.SIGNATURE_BYTES]
+            if images.sniff(first_bytes) is None:
+                raise FetchError("not_image", f"{response.content_type}, begins with {first_bytes[:12]!r}")
+    if not num_bytes:
+        raise FetchError("not_image", "empty answer")
+    body = b"".join(pieces)
+    return body if encoding == "identity" else unpack(body, encoding, most)
+
+
+async def read_text(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The first `most` bytes of a file for robots, unpacked; of one that is not there, none.
+
+    RFC 9309 §2.3.1: 4xx means that there is none; that 429 is no answer to the question is our reading.
+    """
+    code = response.status
+    if code == 429 or code >= 500:
+        raise refusal(code, response.headers.get(hdrs.RETRY_AFTER))
+    if not 200 <= code < 300:
+        return b""
+    body = await response.content.read(0)
+    while len(body) < most and (piece := await response.content.readany()):
+        body += piece
+    encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+    return body[:most] if encoding == "identity" else unpack(body, encoding, most)
 
 
 def unpack(body: bytes, encoding: str, most: int) -> bytes:

@@ -30,6 +30,7 @@ _COLUMNS = ("status", "source_key", "family", "prompt", "truth", "answer", "corr
 def evaluation_statistics(answers: Path, prepared: Path) -> dict[str, Any]:
     """The statistics of a finished evaluation."""
     rows: list[Row] = [row for table in scan(answers, _COLUMNS) for row in table.to_pylist()]
+    rows = [row for row in rows if row["status"] != schema.TAKEN_DOWN]
     for row in rows:
         row["meta"] = json.loads(row["meta"])
         row["answer_type"] = _first_of(row["meta"], "answer_types", "other")
