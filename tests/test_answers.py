@@ -16,6 +16,7 @@ from tiny_model import ask, picture, tiny_model, tiny_processor
 
 from tinyvlm import schema
 from tinyvlm.chat import Message
+from tinyvlm.data.conversations import messages_of
 from tinyvlm.data.prepare import Prepare, PrepareConfig
 from tinyvlm.data.sources import Dialogue, SourceRow
 from tinyvlm.errors import ConfigError
@@ -167,7 +168,8 @@ def test_answers_are_the_engines_own_alone_or_in_a_batch(tmp_path: Path) -> None
     alone = evaluate(rows, config, Engine(model, processor, batch_size=1))
     assert [row["answer"] for row in answers] == [row["answer"] for row in alone]
     first = next(row for row in rows.to_pylist() if row["split"] == "test")
-    sample = processor.encode(ask("what color is it?"), [first["images"][0]["bytes"]], open_answer=True)
+    question = messages_of(first["messages"])[:-1]
+    sample = processor.encode(question, [first["images"][0]["bytes"]], open_answer=True)
     wanted = Engine(model, processor).generate([sample], Sampling(max_new_tokens=5))[0]
     assert answers[0]["answer"] == wanted.text
 

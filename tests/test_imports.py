@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS: list[list[tuple[str, ...]]] = [
     [("tinyvlm",)],
     [("errors",)],
-    [("config",), ("schema",), ("storage", "object_store")],
+    [("config",), ("schema",), ("storage", "object_store"), ("endpoint",)],
     [
         ("stage", "stage_run", "contract", "folders", "upkeep", "journal", "lease", "report", "charts"),
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 from tinyvlm import cli
 from tinyvlm.data import towers
 from tinyvlm.data.explore import ExploreConfig
+from tinyvlm.endpoint import Endpoint
 from tinyvlm.errors import ClusterError, ConfigError, DataError
 from tinyvlm.labels import endpoint as asking
 from tinyvlm.labels import load_labels
-from tinyvlm.labels.endpoint import Endpoint, ask_for_labels
+from tinyvlm.labels.endpoint import ask_for_labels
 from tinyvlm.labels.grow import Growth, candidates_in_text, read_list, to_text
 from tinyvlm.labels.rules import (
     CATEGORY_SIZES,

@@ -372,7 +372,8 @@ def test_what_is_not_understood_is_said_before_anything_is_read(tmp_path: Path) 
     for part in (
         "imagenet/train.jsonl has no field instruction (nor is there an instructions.json beside it), outputs (",
         "it has label, img_str",
-        "nlvr/train.jsonl has no field instruction (nor is there an instructions.json beside it), image_base64_str (",
+        "nlvr/train.jsonl has no field inputs (input, question), instruction (nor is there an instructions.json beside "
+        "it), image_base64_str (",
         "gqa/train.jsonl is a pointer of Git LFS",
     ):
         assert part in str(caught.value)

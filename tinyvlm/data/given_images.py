@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import posixpath
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -67,7 +68,7 @@ class GivenImages:
             body: self._decoders.submit(body) for body in dict.fromkeys(bodies.values()) if isinstance(body, bytes)
         }
         return {
-            image: self._kept(body, coming[body].result())
+            image: _known(image, body, self._kept(body, coming[body].result()))
             if isinstance(body, bytes)
             else Decoded(status=body.status, detail=body.detail)
             for image, body in bodies.items()
@@ -78,8 +79,11 @@ class GivenImages:
         if isinstance(image, bytes):
             return image
         if isinstance(image, StoredImage):
+            if image.name is None:
+                return Unreadable("no_picture", "its row came without the picture")
             # As if prepare.images had no other folder for it.
-            return self._of_file(image.name, {"": storage.address(image.folder), **self.folders})
+            beside = {"": storage.address(image.folder)} if image.folder else {}
+            return self._of_file(image.name, {**beside, **self.folders})
         if image[:5].lower() == "data:":
             return _of_data_address(image)
         return self._of_file(image, self.folders)
@@ -90,7 +94,7 @@ class GivenImages:
 
     def _kept(self, body: bytes, decoded: Decoded) -> Decoded:
         if decoded.status == schema.OK and images.is_finished(body, self.picture):
-            return Decoded(**{**vars(decoded), "image": body})
+            return replace(decoded, image=body)
         return decoded
 
     def _of_file(self, name: str, folders: Mapping[str, Path]) -> bytes | Unreadable:
@@ -136,6 +140,15 @@ def _place(name: str, folders: Mapping[str, Path]) -> Path | Unreadable:
     if rest == ".." or rest.startswith("../") or rest in ("", "."):
         return Unreadable("no_picture", f"{said} leads out of {folder}")
     return folder / rest
+
+
+def _known(image: GivenImage, body: bytes, decoded: Decoded) -> Decoded:
+    """With the hashes of the picture that a finished one was made of, if the record has them and they are its own."""
+    if not isinstance(image, StoredImage) or image.sha256 is None or image.name is None:
+        return decoded
+    is_its_own = PurePosixPath(image.name).stem == hashlib.sha256(body).hexdigest()
+    phash = decoded.phash if image.phash is None else image.phash
+    return replace(decoded, sha256=image.sha256, phash=phash) if is_its_own else decoded
 
 
 def _names_of(name: str) -> list[str]:

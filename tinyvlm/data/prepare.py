@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -34,10 +34,11 @@ from tinyvlm.data.decoding import MAX_DETAIL, Decoded
 from tinyvlm.data.given_images import GivenImages
 from tinyvlm.data.pictures.bodies import read_bodies
 from tinyvlm.data.pictures.found import PicturesConfig
-from tinyvlm.data.records import read_records
-from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, storable
+from tinyvlm.data.record_files import read_records
+from tinyvlm.data.rewriting import RewriteConfig
+from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, StoredImage, storable
 from tinyvlm.data.sources.catalogue import SourceName, open_source
-from tinyvlm.errors import ConfigError, DataError, InputError
+from tinyvlm.errors import CheckpointError, ConfigError, DataError, InputError
 from tinyvlm.stage import Stage
 from tinyvlm.storage import address
 
@@ -50,6 +51,8 @@ KEYS_PER_ROW = 1000
 _DIALOGUES_AT_ONCE = 64
 """Conversations whose pictures are in memory together, as they came."""
 
+AnswerForm = Literal["sentence", "short", "rewritten"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -57,8 +60,8 @@ class PrepareConfig:
 
     source: SourceName = "captions"
     """`captions`: the link list's own words; `easy_vqa`: the questions of that package; `messages`, `sharegpt`:
-    conversations of your own; `folder`: pictures with captions beside them; `auto`: what the input looks like; others:
-    the files of that dataset (docs/datasets.md)."""
+    conversations of your own; `csv`: what `tinyvlm data export` wrote, or the published table; `folder`: pictures with
+    captions beside them; `auto`: what the input looks like; others: the files of that dataset (docs/datasets.md)."""
     name: str = ""
     """What the rows and the mixtures call this source; "" means as `source`."""
     images: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +87,14 @@ class PrepareConfig:
     """Training conversations of a single question; test pictures always get all of theirs."""
     turns_per_conversation: int = 5
     """Most questions in one multi-turn conversation; 0: no multi-turn conversations."""
+    answer_form: AnswerForm = "sentence"
+    """vqa_v2: `sentence`: answers made into sentences by rules; `short`: as the set has them; `rewritten`: sentences by
+    the endpoint of `rewrite` for what is trained on, and by rules where it has none."""
+    questions_per_conversation: int = 1
+    """vqa_v2: of neighbouring questions about the same picture so many become one conversation in training."""
+    train_on: tuple[str, ...] = ("train",)
+    """vqa_v2: how the names of those parts begin that are trained on; other parts become test rows."""
+    rewrite: RewriteConfig = field(default_factory=RewriteConfig)
     text_only_share: float = 0.1
     """Share of pictures about which one question is also asked in words alone, 0 … 1."""
     validation_share: float = 0.001
@@ -105,6 +116,11 @@ class PrepareConfig:
                 f"prepare.limit and prepare.rows_per_part want at least 1 and prepare.max_tokens at least 0, got "
                 f"{self.limit}, {self.rows_per_part} and {self.max_tokens}."
             )
+        asked = self.questions_per_conversation
+        if not 1 <= asked <= 100:
+            raise ConfigError(f"prepare.questions_per_conversation is {asked}; it must lie between 1 and 100.")
+        if self.answer_form == "rewritten" and not self.rewrite.url:
+            raise ConfigError("prepare.answer_form=rewritten wants an endpoint; give it as prepare.rewrite.url.")
         if self.max_tokens and not self.count_tokens:
             raise ConfigError("prepare.max_tokens wants tokens counted; set prepare.count_tokens=true.")
         if not self.called.replace("_", "").replace("-", "").isalnum():
@@ -118,7 +134,9 @@ class PrepareConfig:
     @property
     def listed(self) -> dict[str, Any]:
         """The settings that decide what the `records` folder holds."""
-        names = ("source", "columns", "subsets", "known", "limit", "rows_per_part")
+        names = ["source", "columns", "subsets", "known", "limit", "rows_per_part"]
+        if self.source == "vqa_v2":
+            names += ["questions_per_conversation", "train_on", "answer_form", "rewrite"]
         return {name: getattr(self, name) for name in names}
 
 
@@ -174,7 +192,10 @@ class Prepare(Stage):
         """The source can be read, and so can the tokenizer."""
         if not isinstance(self.source, FileSource):
             self.source.num_questions()
-        _ = self._processor
+        try:
+            _ = self._processor
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}  Or leave tokens uncounted: --set prepare.count_tokens=false.") from None
 
     def select(self, rows: pa.Table) -> pa.Table:
         """Of the line's pictures the usable ones; of a listing all, so that bad ones are seen in the outcome too."""
@@ -275,9 +296,9 @@ class Prepare(Stage):
             before = {image: finished[image] for image in usable if image in finished}  # equal pictures are neighbours
             finished = before | self._images.finish(image for image in usable if image not in before)
             for key, number, one in chunk:
-                shown = [finished[image] for image in one.images] if one.status == schema.OK else []
+                shown = [finished[image] for image in one.images] if one.status == schema.OK else _told(one)
                 bad = next((image for image in shown if image.status != schema.OK), None)
-                if bad is not None:
+                if bad is not None and one.status == schema.OK:
                     one = replace(one, status=bad.status, detail=bad.detail)
                 yield key, number, one, shown
 
@@ -335,7 +356,7 @@ class Prepare(Stage):
 
     def _split(self, one: Dialogue, shown: Sequence[Decoded]) -> schema.Split:
         """Training conversations that are held out: by what they are about, so that no picture is on both sides."""
-        if one.split != "train":
+        if one.split != "train" or one.keeps_split:
             return one.split
         pictures = "".join(sorted(image.sha256 or "" for image in shown))
         by = one.held_out_by or pictures or "\n".join(message.text for message in one.messages)
@@ -345,6 +366,12 @@ class Prepare(Stage):
 def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     told = list(dialogues)[:KEYS_PER_ROW]
     return told or [Dialogue("caption", "train", (), status="bad_text", detail="the settings ask for no words")]
+
+
+def _told(one: Dialogue) -> list[Decoded]:
+    """What is known, without looking, of the pictures of a conversation that cannot be used."""
+    stored = [image for image in one.images if isinstance(image, StoredImage)]
+    return [Decoded(status=one.status, sha256=image.sha256, phash=image.phash) for image in stored]
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from tinyvlm.data import hub
 from tinyvlm.data.contamination import open_evaluation
 from tinyvlm.data.pictures import PicturesConfig, find_sources, open_pictures
 from tinyvlm.data.prepare import Prepare, PrepareConfig
-from tinyvlm.data.records import find_files, open_records, read_rows
+from tinyvlm.data.record_files import read_rows
+from tinyvlm.data.records import find_files, open_records
 from tinyvlm.data.sources import FileSource, fields_of
 from tinyvlm.data.sources.catalogue import SOURCES, fitting, required_fields
 from tinyvlm.errors import DataError, StageError

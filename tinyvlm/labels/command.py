@@ -112,7 +112,8 @@ def _expand(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace, growth: Growth) -> str:
-    from tinyvlm.labels.endpoint import Endpoint, ask_for_labels
+    from tinyvlm.endpoint import Endpoint
+    from tinyvlm.labels.endpoint import ask_for_labels
 
     if options.model is None:
         raise ConfigError("--url wants --model: which of the endpoint's models is asked.")

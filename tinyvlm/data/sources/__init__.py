@@ -50,12 +50,15 @@ CAPTION_PROMPTS = (
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A picture in a file beside the file of its record."""
+    """A picture in a file beside the file of its record, perhaps with hashes known from before it was finished."""
 
-    name: str
-    """The file's name."""
-    folder: str
-    """Where names lie that `prepare.images` does not know."""
+    name: str | None
+    """The file's name; None: its bytes were not kept."""
+    folder: str = ""
+    """Where names lie that `prepare.images` does not know; "": nowhere."""
+    sha256: str | None = None
+    """This and `phash` are believed where the name says the sha256 of the file's own bytes, and they have it."""
+    phash: int | None = None
 
 
 GivenImage = bytes | str | StoredImage
@@ -80,6 +83,8 @@ class Dialogue:
     held_out_by: str = ""
     """Conversations with an equal one are on the same side of the held-out split; "": the hash of the pictures, or
     of the words where there are none."""
+    keeps_split: bool = False
+    """True: held out was already what is to be, and `split` stays as it is."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
 
 SourceName = Literal[
-    "auto", "alpaca", "captions", "easy_vqa", "folder", "llava", "llavar", "m3it", "messages", "sharegpt"
+    "auto",
+    "alpaca",
+    "captions",
+    "csv",
+    "easy_vqa",
+    "folder",
+    "llava",
+    "llavar",
+    "m3it",
+    "messages",
+    "sharegpt",
+    "vqa_v2",
 ]
 
 SOURCES: Mapping[str, str] = {
@@ -26,6 +37,8 @@ SOURCES: Mapping[str, str] = {
     "llava": "llava:Llava",
     "llavar": "llavar:Llavar",
     "alpaca": "alpaca:Alpaca",
+    "vqa_v2": "vqa_v2:VQAv2",
+    "csv": "table:Table",
 }
 """Name → module in this folder and class; of several that fit a file, `auto` (prepare_input.py) takes the first."""
 

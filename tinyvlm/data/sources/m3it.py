@@ -31,7 +31,7 @@ from tinyvlm import storage
 from tinyvlm.chat import Message, Part, Picture
 from tinyvlm.data import hub
 from tinyvlm.data.given_images import Unreadable, from_base64
-from tinyvlm.data.records import open_file, read_file
+from tinyvlm.data.record_files import open_file, read_file
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, Outline, RowReader, drawn, text_of
 from tinyvlm.data.sources.m3it_files import SUBSETS, TASKS, choose, is_instructions, located, subset_name
 from tinyvlm.errors import DataError
@@ -53,6 +53,9 @@ _NAMES = ("dataset", "subset", "config", "task")
 """Columns in which a Parquet file may say from where a row is."""
 _BARE = frozenset("shapes vqa-v2 docvqa ocr-vqa st-vqa text-vqa gqa okvqa viquae clevr nlvr".split())
 """Their files have answers of a word or two, of which the loader makes a sentence."""
+_ASKING = frozenset(name for name, family in SUBSETS.items() if family in ("vqa", "knowledge_vqa", "reasoning"))
+_ASKING |= frozenset(("coco-itm", "snli-ve", "mocheg", "visual-dialog", "multi30k"))
+"""Their rows are nothing without a question or sentence of their own: without such a field a file is not understood."""
 _MARK = re.compile(r"\n*<image>\n*")
 _LFS = b"version https://git-lfs"
 _POINTER = "is a pointer of Git LFS, not the file: `git lfs pull` in the clone fetches it."
@@ -186,7 +189,9 @@ class M3IT(FileSource):
             with open_file(file) as raw:
                 return f"{file} {_POINTER}" if raw.read(len(_LFS)) == _LFS else ""
         has_instruction = _has(record, "instruction") or _folder(file) in self._instructions
+        asks = located(file).subset in _ASKING
         wanted = [
+            "" if not asks or any(_has(record, name) for name in INPUTS) else f"{INPUTS[0]} ({', '.join(INPUTS[1:])})",
             "" if has_instruction else "instruction (nor is there an instructions.json beside it)",
             "" if any(_has(record, name) for name in OUTPUTS) else f"{OUTPUTS[0]} ({', '.join(OUTPUTS[1:])})",
             "" if any(_has(record, name) for name in IMAGES) else f"{IMAGES[0]} ({', '.join(IMAGES[1:])})",
