@@ -1,11 +1,12 @@
 """Several samples in one sequence, from lengths alone: packs that hold so many tokens and so many pictures at most.
 
-    samples of a window, shuffled ──▶ the longest first, some in their order, the last ones by best fit ──▶ full packs
+    samples of a window, shuffled ──▶ the longest first, some in their order, the last two by best fit ──▶ full packs
                                       └── the few that would not fill packs well wait, and open the next window's
 
 Filling a pack is a knapsack with two limits.  Long samples open packs while there are short ones to keep them
-company; the middle is drawn in the shuffled order; from a few samples' room on, the longest that fits is taken, so that
-hardly a token is left.  Finding it is one operation on an integer whose bit n says that a sample of n tokens is there.
+company; the middle is drawn in the shuffled order; at the end, two are looked for that fill the room together, so that
+hardly a token is left.  Finding the longest that fits is one operation on an integer whose bit n says that a sample of
+n tokens is there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ Numbers = npt.NDArray[np.int32]
 
 WAITING_PACKS = 4
 """So many packs' worth of tokens may wait for the next window, but not more than half of a window."""
-CLOSING_SAMPLES = 3.5
-"""Best fit takes over when the room left is that of so many average samples: enough that some number of them fits."""
+CLOSING_SAMPLES, CLOSING_TRIES = 2.5, 4
+"""Best fit takes over when the room left is that of so many average samples, and looks at so many pairs for the end."""
 LOOK_AHEAD = 16
 """How many samples that have no room are passed over in the shuffled order before best fit takes over."""
 
@@ -109,13 +110,30 @@ class _Window:
             if not self.taken[place := self._waiting.pop()]:
                 self._take(place)
         if not self._pack:
-            self._take_best(self._room)
+            self._take_longest(*self._longest(self._room, self._pictures))
         self._take_in_order(int(CLOSING_SAMPLES * self._mean))
-        while self._samples and self._room:
-            number = max(1, round(self._room / self._mean))
-            if not (self._take_best(self._room // number) or (number > 1 and self._take_best(self._room))):
-                break
+        while self._samples and self._room and self._close():
+            pass
         return self._pack
+
+    def _close(self) -> bool:
+        """Take one sample such that it and one more fill the room as well as can be; False when none fits."""
+        best, least = (-1, 0), self._room + 1
+        for target in range(self._room, 0, -max(1, self._room // CLOSING_TRIES)):
+            length, number = self._longest(target, self._pictures)
+            if length < 0:
+                break
+            rest = self._room - length
+            if rest and self._samples > 1:
+                rest -= max(0, self._longest(rest, self._pictures - number)[0])
+            if rest < least:
+                best, least = (length, number), rest
+            if not rest:
+                break
+        if best[0] < 0:
+            return False
+        self._take_longest(*best)
+        return True
 
     def _take(self, place: int) -> None:
         length, number = self.tokens[place], self.pictures[place]
@@ -130,21 +148,21 @@ class _Window:
         if not counts[length]:
             self._lengths[number] ^= 1 << length
 
-    def _take_best(self, room: int) -> bool:
-        """Take the longest sample of at most `room` tokens; False when there is none."""
+    def _longest(self, room: int, pictures: int) -> tuple[int, int]:
+        """Tokens and pictures of the longest sample that fits; -1 tokens when none does."""
         below, best, chosen = (2 << room) - 1, -1, 0
         for number, lengths in self._lengths.items():
-            if number <= self._pictures:
+            if number <= pictures:
                 longest = (lengths & below).bit_length() - 1
                 if longest > best:
                     best, chosen = longest, number
-        if best < 0:
-            return False
-        places = self._places[chosen][best]
+        return best, chosen
+
+    def _take_longest(self, length: int, number: int) -> None:
+        places = self._places[number][length]
         while self.taken[places[-1]]:
             places.pop()
         self._take(places.pop())
-        return True
 
     def _take_in_order(self, until: int) -> None:
         """Take samples as they come while more than `until` tokens of room are left."""
