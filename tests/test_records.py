@@ -211,3 +211,14 @@ def test_the_held_out_split_goes_by_picture(tmp_path: Path) -> None:
         sides.setdefault(row["images"][0]["sha256"], set()).add(row["split"])
     assert all(len(side) == 1 for side in sides.values())
     assert 4 <= sum(side == {"validation"} for side in sides.values()) <= 20
+
+
+def test_splits_and_what_was_set_aside_have_row_groups_of_their_own(tmp_path: Path) -> None:
+    rows = [*records(60), {"question": "", "answer": "nothing asked"}]
+    config = PrepareConfig(name="asked", count_tokens=False, validation_share=0.5)
+    folder, _ = prepare([write(tmp_path / "x.jsonl", rows)], tmp_path / "out", config)
+    (path,) = folder.glob("data/*.parquet")
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(number) for number in range(file.metadata.num_row_groups)]
+    kinds = [{(row["status"] == "ok", row["split"]) for row in group.to_pylist()} for group in groups]
+    assert kinds == [{(True, "train")}, {(True, "validation")}, {(False, "train")}]

@@ -51,6 +51,9 @@ def test_both_get_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert events[0].read_bytes().count(b"loss") == 3
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1
+    until = time.monotonic() + 60  # its writer is a process of its own
+    while runs[0].stat().st_size <= 100 and time.monotonic() < until:
+        time.sleep(0.1)
     assert runs[0].stat().st_size > 100
 
 
