@@ -214,7 +214,8 @@ def test_the_held_out_split_goes_by_picture(tmp_path: Path) -> None:
 
 
 def test_splits_and_what_was_set_aside_have_row_groups_of_their_own(tmp_path: Path) -> None:
-    rows = [*records(60), {"question": "", "answer": "nothing asked"}]
+    rows: list[dict[str, Any]] = [{"question": f"{n}?", "answer": f"{n}"} for n in range(60)]
+    rows.append({"question": "", "answer": "nothing asked"})
     config = PrepareConfig(name="asked", count_tokens=False, validation_share=0.5)
     folder, _ = prepare([write(tmp_path / "x.jsonl", rows)], tmp_path / "out", config)
     (path,) = folder.glob("data/*.parquet")
