@@ -345,7 +345,8 @@ def test_data_sets_are_chosen_by_name(tmp_path: Path, caplog: pytest.LogCaptureF
     data = tmp_path / "data"
     for number, name in enumerate(("captioning/coco", "captioning/coco-cn", "vqa/vqav2", "vqa/my_own", "oddities")):
         lay(data / name / "train.jsonl", [row(number)])
-    rows, _ = prepare(data, tmp_path / "a")
+    with caplog.at_level(logging.WARNING, "tinyvlm.data.sources.m3it"):
+        rows, _ = prepare(data, tmp_path / "a")
     assert {one["source"]: one["family"] for one in rows} == {
         "m3it/coco": "caption", "m3it/vqa-v2": "vqa", "m3it/my-own": "vqa", "m3it": "instruction"
     }  # fmt: skip
