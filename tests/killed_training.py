@@ -2,7 +2,7 @@
 
     test ──one case a line──▶ server ──fork──▶ worker 0 … n-1: carry_out(run) ──▶ SIGKILL at a chosen point, or the end
 
-A worker that dies takes the others with it, as Ray would end them.  Nothing is caught on the way: SIGKILL is the real one.
+A worker that dies takes the others with it, as Ray would end them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tinyvlm.train.run import TrainingRun
 FINISHED, KILLED, FAILED = "finished", "killed", "failed"
 
 POINTS = ("entering", "computed", "updated", "copied", "writing", "written", "evaluating")
-"""Where a worker can die: the ledger has the step; gradients are there; weights have changed; a checkpoint was handed to
+"""Where a worker can die: the ledger has the step; gradients are there; weights have changed; a checkpoint was given to
 its writer; half of its file is written; all but `done.json` is; the held-out loss is being measured."""
 
 

@@ -1,7 +1,7 @@
 """Exact resume: whatever kills a run, and on however many workers it goes on, it sees what an undisturbed run sees.
 
-Judged by the ledger (train/ledger.py), which each worker flushes to the disk before each step.  The judge is tested too:
-a resume that is off by one must not pass.
+Judged by the ledger (train/ledger.py), which each worker flushes to the disk before each step.  The judge is tried as
+well: a resume that is off by one must not pass.
 """
 
 from __future__ import annotations

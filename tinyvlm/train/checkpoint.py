@@ -235,11 +235,16 @@ class _Hashing:
 
     def __init__(self, file: Any) -> None:
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         self.digest.update(data)
         self.size += len(data)
-        self._file.write(data)
         return len(data)
 
     def flush(self) -> None:
@@ -250,7 +255,10 @@ def _write(path: Path, state: State) -> tuple[str, int]:
     """sha256 and size of a new file that holds a state; on a disk, flushed to the medium."""
     with storage.writing(path) as file:
         hashing = _Hashing(file)
-        torch.save(state, hashing)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:  # what torch makes of any error in the middle of a file
+            raise hashing.failure or error from None
     return hashing.digest.hexdigest(), hashing.size
 
 

@@ -231,8 +231,9 @@ class Conversations:
                 table = file.read_row_group(group, columns=list(READ_COLUMNS), use_threads=False)
                 self.bytes_read += group_bytes(file.metadata.row_group(group))
         except (OSError, pa.ArrowException) as error:
-            said = f"Row group {group} of {self.files[part]} cannot be read ({error}); run `prepare` again."
-            raise DataError(said) from None
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            where = f"Row group {group} of {self.files[part]}"
+            raise DataError(f"{where} cannot be read ({said}); run `prepare` again.") from None
         self.groups_read += 1
         self._groups[place] = table
         self._held_bytes += table.nbytes
