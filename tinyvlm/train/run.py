@@ -4,6 +4,7 @@
         lengths/part-*.parquet, plan.parquet, plan.json     what will be seen, in which order
         checkpoints/step-…                                  how far it got
         metrics.jsonl                                       one line a step
+        warnings.log                                        what the workers warned of
         ledger/, bad-steps/                                 what entered the model; steps whose loss was no number
         model/                                              the result, a Hugging Face folder with its card
         result.json                                         the workers are done
@@ -33,6 +34,9 @@ from tinyvlm.train.settings import TrainConfig
 
 VERSION = 1
 """Raise it when the code changes the weights that come out."""
+
+WARNINGS_FILE = "warnings.log"
+"""What all workers warned of, one line each; it is only ever appended to."""
 
 BEFORE = {"pretrain": "", "sft": "pretrain", "instruct": "sft"}
 """Each training stage and the one whose model it starts from; the first one builds its model."""

@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.ledger import Ledger
 from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.reading import Window, group_sizes, reading
-from tinyvlm.train.run import TrainingRun
+from tinyvlm.train.run import WARNINGS_FILE, TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,18 @@ def carry_out(
     Raises:
         TinyVLMError: as a sentence; what was kept stays, and the same command continues.
     """
+    with _warnings_kept(run.folder / WARNINGS_FILE, collective.rank):
+        _carry_out(run, collective, lease_number, device, on_held_out, wants_to_stop)
+
+
+def _carry_out(
+    run: TrainingRun,
+    collective: Collective,
+    lease_number: int,
+    device: str,
+    on_held_out: Callable[[int, float], None],
+    wants_to_stop: Callable[[], bool],
+) -> None:
     torch.manual_seed(run.config.seed)
     model, processor = start_model(run)
     lengths = _measure(run, processor, collective)
@@ -105,11 +118,28 @@ def carry_out(
             Lease.check(run.folder, lease_number)
             _leave_result(run, trainer, source, lengths, frozen)
         except (OSError, SafetensorError) as error:
+            _remove_unfinished_models(run)
             raise StageError(
                 f"{run.stage} has done all steps, but its model cannot be written in {run.folder} "
                 f"({getattr(error, 'strerror', None) or error}); free some space, and the same command continues from "
                 "the last checkpoint."
             ) from error
+
+
+@contextmanager
+def _warnings_kept(path: Path, rank: int) -> Iterator[None]:
+    """What this worker warns of is appended to a file in the run's folder: its own output may be seen by nobody."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s\tworker {rank}: %(message)s"))
+    library = logging.getLogger("tinyvlm")
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        handler.close()
 
 
 def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
@@ -248,12 +278,17 @@ def _plans(run: TrainingRun, lengths: Sequence[Path], collective: Collective) ->
     return training, validation
 
 
+def _remove_unfinished_models(run: TrainingRun) -> None:
+    for path in run.folder.glob(".model.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _leave_result(
     run: TrainingRun, trainer: Trainer, source: Conversations, lengths: Sequence[Path], frozen: Mapping[str, str]
 ) -> None:
     """Save the model in the shape in which others load it, then say so."""
     final, temporary = run.folder / "model", run.folder / f".model.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_unfinished_models(run)
     trainer.model.eval()
     disable_progress_bar()
     trainer.model.save_pretrained(temporary)
