@@ -5,6 +5,7 @@
                                [--takedown LIST]      of download and preprocess
 
 Exit code 0: done, or was done before.  2: an expected failure, told as one sentence on stderr.  130: interrupted.
+143: asked to stop with SIGTERM, and training kept a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 from ray_jobs import _cluster, _run_stage
 from ray_jobs._cluster import StageResources
 from tinyvlm import config
-from tinyvlm.errors import ConfigError, TinyVLMError
+from tinyvlm.errors import ConfigError, Interrupted, TinyVLMError
 from tinyvlm.folders import Input, Manifest, require_space
 from tinyvlm.recipes import Recipe, load
 from tinyvlm.removal import take_down
@@ -45,11 +46,14 @@ class Job:
     inputs: tuple[Path, ...]
     output: Path
     workers: int | None
+    """Of an elastic pool the most."""
     dry_run: bool
     retry: tuple[str, ...] = ()
     """Statuses and families whose rows are done again."""
     takedown: Path | None = None
     """A list of what must not be kept."""
+    min_workers: int | None = None
+    """Of an elastic pool."""
 
 
 def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: Sequence[str] = ()) -> Job:
@@ -67,7 +71,11 @@ def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: S
     )
     parser.add_argument("--output", type=address, metavar="FOLDER", help="where the stage's folder is made")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="a setting; may be repeated")
-    parser.add_argument("--workers", type=_count, metavar="N", help="size of the pool; default: as many as fit")
+    if "--workers MIN-MAX" in extra:
+        told = "number of workers, or the fewest and the most that the run goes on with; default: one a GPU"
+        parser.add_argument("--workers", type=_range, metavar="N|MIN-MAX", help=told)
+    else:
+        parser.add_argument("--workers", type=_count, metavar="N", help="size of the pool; default: as many as fit")
     parser.add_argument("--dry-run", action="store_true", help="print recipe, plan and resources, and do nothing")
     if "--retry" in extra:
         told = "do rows of these statuses again: a status, a family (timeout), transient or failed; may be repeated"
@@ -89,7 +97,17 @@ def parse(stage_name: str, argv: Sequence[str], *, writes: bool = True, extra: S
     takedown = getattr(options, "takedown", None)
     if takedown:
         read_list(takedown)  # before any work: a bad line is refused
-    return Job(recipe, inputs, (options.output or Path()).absolute(), options.workers, options.dry_run, retry, takedown)
+    least, most = options.workers if isinstance(options.workers, tuple) else (None, options.workers)
+    return Job(
+        recipe=recipe,
+        inputs=inputs,
+        output=(options.output or Path()).absolute(),
+        workers=most,
+        dry_run=options.dry_run,
+        retry=retry,
+        takedown=takedown,
+        min_workers=least,
+    )
 
 
 def main(stage_name: str, run: Callable[[Job], None], *, writes: bool = True, extra: Sequence[str] = ()) -> NoReturn:
@@ -98,6 +116,8 @@ def main(stage_name: str, run: Callable[[Job], None], *, writes: bool = True, ex
     try:
         run(parse(stage_name, sys.argv[1:], writes=writes, extra=extra))
         code = 0
+    except Interrupted as error:
+        code = _complain(str(error), 143)
     except TinyVLMError as error:
         code = _complain(str(error), 2)
     except OSError as error:
@@ -182,6 +202,15 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"wants a whole number from 1 up, but got {text!r}")
     return int(text)
+
+
+def _range(text: str) -> tuple[int, int] | int:
+    least, mark, most = text.partition("-")
+    if not mark:
+        return _count(text)
+    if _count(least) > _count(most):
+        raise argparse.ArgumentTypeError(f"wants the smaller number first, but got {text!r}")
+    return _count(least), _count(most)
 
 
 def _set_up_logging() -> None:

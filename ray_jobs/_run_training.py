@@ -2,9 +2,10 @@
 
     driver: lease, progress line ──TorchTrainer──▶ workers (_train_worker.py) ──▶ driver: close the folder
 
-Ray places the workers, joins them into a process group and starts them again when one is lost.  It holds no position
-and no checkpoint: started again, workers go on from the newest checkpoint in the folder.  What a worker raises on
-purpose is left in `error.json` and ends the run at once, without another attempt.
+Ray places the workers, joins them into a process group and starts them again when one is lost; with `--workers MIN-MAX`
+on as many as the cluster has at the time.  It holds no position and no checkpoint: started again, workers go on from
+the newest checkpoint in the folder.  What a worker raises on purpose is left in `error.json` and ends the run at once,
+without another attempt.  SIGTERM to the driver (`ray job stop`) has the workers keep a checkpoint first.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from typing import Any
 from ray_jobs import _cluster
 from ray_jobs._cli import Job, show_plan
 from ray_jobs._cluster import StageResources
-from ray_jobs._train_worker import ERROR_FILE, work
+from ray_jobs._train_worker import ERROR_FILE, STOP_FILE, work
 from ray_jobs._training_progress import TrainingProgress
 from tinyvlm import config, errors
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest
 from tinyvlm.lease import Lease
+from tinyvlm.train import checkpoint
 from tinyvlm.train.run import TrainingRun, open_run
+from tinyvlm.train.stopping import sigterm_noticed
 
 WORKERS = 2
 """Of a cluster without GPUs, unless --workers says otherwise; with GPUs, one for each."""
 EACH = StageResources(num_cpus=1.0, num_gpus=1.0, gpu_optional=True)
-MAX_FAILURES = 3
-"""Lost workers (killed, out of memory, a node gone) that one command makes up for."""
+START_TIMEOUT_S = 30
+"""Longest that Ray waits for all workers to be there before it tries again, with fewer where that is allowed."""
 COLLECTIVE_TIMEOUT_S = 600
 """Longest that a worker waits for the others; must cover the slowest one's saving and evaluating."""
 
@@ -45,10 +48,10 @@ def run(stage: str, job: Job) -> None:
     recipe = config.to_dict(job.recipe)
     training = open_run(stage, getattr(job.recipe, stage), recipe, job.inputs, job.output)
     if job.dry_run:
-        show_plan(stage, job, plan(training, job.workers))
+        show_plan(stage, job, plan(training, job.workers, job.min_workers))
         return
     was_finished = training.is_finished
-    manifest = run_training(training, job.workers)
+    manifest = run_training(training, job.workers, job.min_workers)
     if was_finished:
         log.info("%s is finished already, nothing to do: %s", stage, training.folder)
     else:
@@ -60,7 +63,7 @@ def run(stage: str, job: Job) -> None:
         log.info("%s: %s", stage, training.folder)
 
 
-def plan(training: TrainingRun, workers: int | None) -> dict[str, Any]:
+def plan(training: TrainingRun, workers: int | None, min_workers: int | None = None) -> dict[str, Any]:
     """What `run_training` would do, as JSON types; touches nothing."""
     return {
         "plan": {
@@ -68,12 +71,19 @@ def plan(training: TrainingRun, workers: int | None) -> dict[str, Any]:
             "finished": training.is_finished,
             "reads": {"prepare": list(training.prepare), "init": training.init or "built from recipe.model"},
         },
-        "resources": {"workers": workers or f"one a GPU, else {WORKERS}", "each": EACH.demand},
+        "resources": {
+            "workers": f"{min_workers}-{workers}" if min_workers else workers or f"one a GPU, else {WORKERS}",
+            "each": EACH.demand,
+        },
     }
 
 
-def run_training(training: TrainingRun, workers: int | None) -> Manifest:
+def run_training(training: TrainingRun, workers: int | None, min_workers: int | None = None) -> Manifest:
     """Do what is left of a training stage, on the cluster that `_cluster.connected` finds.
+
+    Args:
+        workers: None for one a GPU, or `WORKERS`.
+        min_workers: go on with fewer than `workers`, down to so many, while the cluster has no more.
 
     Raises:
         TinyVLMError: one sentence; checkpoints stay, and the same command continues.
@@ -87,19 +97,22 @@ def run_training(training: TrainingRun, workers: int | None) -> Manifest:
     with _cluster.connected() as ray:
         resources = _cluster.without_missing_gpu(ray, training.stage, EACH)
         most = 4096 if resources.num_gpus else WORKERS
-        size = _cluster.pool_size(ray, training.stage, workers, workers or most, resources)
+        now = min_workers or workers
+        size = _cluster.pool_size(ray, training.stage, now, now or most, resources)
         _cluster.require_shared(ray, Path(training.root))
         with Lease.take(training.folder) as lease:
-            (training.folder / ERROR_FILE).unlink(missing_ok=True)
-            num_threads = _cluster.threads_per_worker(ray, size, resources)
-            log.info("%s: %d workers of %s", training.stage, size, resources)
-            _fit(training, lease.number, size, resources, num_threads)
+            for name in (ERROR_FILE, STOP_FILE):
+                (training.folder / name).unlink(missing_ok=True)
+            sizes = (size, workers if min_workers and workers else size)
+            num_threads = _cluster.threads_per_worker(ray, sizes[1], resources)
+            many = f"{sizes[0]} to {sizes[1]}" if sizes[0] < sizes[1] else f"{size}"
+            log.info("%s: %s workers of %s", training.stage, many, resources)
+            _fit(training, _trainer(ray, training, lease.number, sizes, resources, num_threads))
             return training.finish(time.perf_counter() - started)
 
 
-def _fit(training: TrainingRun, lease_number: int, size: int, resources: StageResources, num_threads: int) -> None:
+def _fit(training: TrainingRun, trainer: Any) -> None:
     """Run the trainer in a thread of its own, for Ray takes Ctrl-C away from the main thread if it may."""
-    trainer = _trainer(training, lease_number, size, resources, num_threads)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -109,51 +122,57 @@ def _fit(training: TrainingRun, lease_number: int, size: int, resources: StageRe
             failures.append(error)
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
-    with TrainingProgress(training.stage, training.folder) as progress:
+    # Ray has put a handler of its own in place when it was connected, so ours comes after.
+    with TrainingProgress(training.stage, training.folder) as progress, sigterm_noticed() as asked:
         thread.start()
         while thread.is_alive():
             thread.join(0.25)
             progress.tick()
+            if asked.is_set() and not (training.folder / STOP_FILE).exists():
+                log.info("%s: asked to stop; the workers finish their step and keep a checkpoint", training.stage)
+                (training.folder / STOP_FILE).touch()
         if failures:
             raise _in_words(training, failures[0])
 
 
-def _trainer(training: TrainingRun, lease_number: int, size: int, resources: StageResources, num_threads: int) -> Any:
-    # Read by Ray when the trainer starts: how often its controller looks at the workers (2 s), and a watcher for
-    # preempted nodes, which is a process of its own.
+def _trainer(
+    ray: Any,
+    training: TrainingRun,
+    lease_number: int,
+    sizes: tuple[int, int],
+    resources: StageResources,
+    num_threads: int,
+) -> Any:
+    # Read by Ray when the trainer starts: how often its controller looks at the workers (2 s), a watcher for nodes that
+    # are about to be taken away (a process of its own), and how long it waits for workers before it tries with fewer.
+    has_many_nodes = sum(node["Alive"] for node in ray.nodes()) > 1
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if has_many_nodes else "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     import ray.train
     import ray.train.torch
+
+    from ray_jobs._train_callbacks import EndHopelessRuns, TakeSigterm
+
+    checkpoints = checkpoint.root_of(training.folder, training.config.checkpoints_at)
 
     return ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"training": training, "lease_number": lease_number, "num_threads": num_threads},
         torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=size, use_gpu=bool(resources.num_gpus), resources_per_worker=resources.demand
+            num_workers=sizes if sizes[0] < sizes[1] else sizes[0],
+            use_gpu=bool(resources.num_gpus),
+            resources_per_worker=resources.demand,
         ),
         run_config=ray.train.RunConfig(
             # A name that was used before would make Ray continue that run by its own lights.
             name=f"{training.folder.name}-{lease_number}",
             storage_path=str(training.folder / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[_stop_on_error_file(training.folder / ERROR_FILE)],
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[EndHopelessRuns(training.folder / ERROR_FILE, checkpoints), TakeSigterm()],
         ),
     )
-
-
-def _stop_on_error_file(path: Path) -> Any:
-    from ray.train import UserCallback
-
-    class StopOnErrorFile(UserCallback):
-        """A worker that failed on purpose would fail again: raising in the controller ends the run."""
-
-        def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
-            if path.is_file():
-                raise RuntimeError("a worker left its reason in error.json")
-
-    return StopOnErrorFile()
 
 
 def _in_words(training: TrainingRun, failure: BaseException) -> TinyVLMError:
@@ -166,6 +185,6 @@ def _in_words(training: TrainingRun, failure: BaseException) -> TinyVLMError:
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     (training.folder / "error.txt").write_text("".join(traceback.format_exception(failure)))
     return StageError(
-        f"{training.stage} lost its workers more than {MAX_FAILURES} times ({lines[-1] if lines else failure!r}); "
+        f"{training.stage} lost its workers again and again without getting on ({lines[-1] if lines else failure!r}); "
         f"checkpoints stay, and the same command continues (the whole story: {training.folder / 'error.txt'})."
     )

@@ -1,6 +1,6 @@
 """What a running training stage says of itself: a plain line every two seconds, and progress.json in its folder.
 
-It reads what worker 0 writes (`metrics.jsonl`, `plan.json`), so it needs no word from the workers.
+It reads what the workers write (`metrics.jsonl`, `plan.json`, `warnings.log`), so it needs no word from them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from tinyvlm.data import mixture
 from tinyvlm.folders import write_atomic
+from tinyvlm.train.run import WARNINGS_FILE
 
 EVERY_S = 2.0
 QUIET_S = 20.0
@@ -29,8 +30,7 @@ class TrainingProgress:
         self.stage, self.folder = stage, folder
         self.state, self.last = "running", dict[str, Any]()
         self.num_steps = 0
-        path = folder / "metrics.jsonl"
-        self._offset = path.stat().st_size if path.is_file() else 0
+        self._offsets = {name: _size(folder / name) for name in ("metrics.jsonl", WARNINGS_FILE)}
         self._started = self._wrote_at = self._said_at = time.monotonic()
         self._said_step, self._first_step = -1, 0
         self._tokens, self._seconds = 0, 0.0
@@ -106,16 +106,25 @@ class TrainingProgress:
 
     def _read(self) -> None:
         """Take in the lines that came since the last look."""
+        for line in self._new_lines(WARNINGS_FILE):
+            log.warning("%s: %s", self.stage, line.decode(errors="replace").rpartition("\t")[2])
         try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
-                file.seek(self._offset)
-                text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._offset += len(whole)
-            for line in whole.splitlines():
+            for line in self._new_lines("metrics.jsonl"):
                 self._take(json.loads(line) if line.strip() else {})
-        except (OSError, ValueError, KeyError):
-            return  # not there yet, or a line that a killed run cut off
+        except (ValueError, KeyError):
+            return  # a line that a killed run cut off
+
+    def _new_lines(self, name: str) -> list[bytes]:
+        """Whole lines that a file of the folder has got since the last look; none while it is not there."""
+        try:
+            with (self.folder / name).open("rb") as file:
+                file.seek(self._offsets[name])
+                text = file.read()
+        except OSError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offsets[name] += len(whole)
+        return whole.splitlines()
 
     def _take(self, line: dict[str, Any]) -> None:
         if "loss" not in line:
@@ -131,3 +140,7 @@ class TrainingProgress:
             write_atomic(self.folder / "progress.json", json.dumps(self.content()))
         except OSError as error:  # it is only for looking at
             log.debug("progress.json was not written: %s", error)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -7,4 +7,4 @@ import functools
 from ray_jobs import _cli, _run_training
 
 if __name__ == "__main__":
-    _cli.main("instruct", functools.partial(_run_training.run, "instruct"))
+    _cli.main("instruct", functools.partial(_run_training.run, "instruct"), extra=("--workers MIN-MAX",))

@@ -239,7 +239,7 @@ def test_a_loss_that_is_no_number_stops_the_run(bench: Bench) -> None:
     trainer = bench.trainer(dataclasses.replace(CONFIG, steps=3))
     with torch.no_grad():
         trainer.model.connector.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(DataError, match=r"Step 1 has a loss of nan .*\(keys \["):
+    with pytest.raises(DataError, match=r"Step 1 has a loss of nan .*keys \d+"):
         trainer.run()
 
 
@@ -378,10 +378,10 @@ def test_an_interrupted_stage_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         run_local(run)
     monkeypatch.undo()
     assert not run.is_finished
-    newest = checkpoint.complete(run.folder)[-1]
+    newest = checkpoint.complete(checkpoint.root_of(run.folder))[-1]
     assert newest.name == "step-00000004"
     if damage == "newest checkpoint":
-        (newest / "state.pt").write_bytes(b"nonsense")
+        next(newest.glob("state-*.pt")).write_bytes(b"nonsense")
     elif damage:
         (newest / "done.json").unlink()
     run_local(run)

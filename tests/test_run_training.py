@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from training_data import prepare_folder, rows
 
 from tinyvlm import config
 from tinyvlm.data.mixture import MixtureConfig
-from tinyvlm.errors import DataError
-from tinyvlm.train import metrics
+from tinyvlm.errors import DataError, Interrupted
+from tinyvlm.train import ledger, metrics
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
 
@@ -116,7 +116,7 @@ def test_what_a_worker_says_ends_the_run_at_once(tmp_path: Path) -> None:
         for image in row["images"]:
             image["bytes"] = image["bytes"][:200]
     run = stage(tmp_path, made)
-    with pytest.raises(DataError, match=r"A picture of conversation \d+ cannot be decoded"):
+    with pytest.raises(DataError, match=r"A picture of conversation \d+ in .* cannot be decoded"):
         _run_training.run_training(run, 2)
     assert not run.is_finished
     assert len(metrics.read(run.folder / "metrics.jsonl").attempts) == 1, "it would fail again"
@@ -131,3 +131,70 @@ def test_a_missing_input_is_one_sentence(tmp_path: Path) -> None:
     assert ended.stderr.startswith("error: sft reads the folder of 'prepare', but found none")
     assert len(ended.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def when_under_way(run: TrainingRun, steps: int, do: Callable[[dict[str, Any]], None]) -> threading.Event:
+    """Have something done, with the newest attempt's first line, once so many steps are in the folder."""
+    done = threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            lines = metrics.read(run.folder / "metrics.jsonl")
+            if len(lines.steps) >= steps:
+                do(lines.attempts[-1])
+                done.set()
+                return
+            time.sleep(0.01)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return done
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_asked_to_go_keeps_what_it_has(tmp_path: Path) -> None:
+    """As a spot instance is: SIGTERM to one worker costs no step, and the run goes on with others."""
+    from ray_jobs import _run_training
+
+    run = stage(tmp_path, steps=60, checkpoint_every_steps=0, ledger=True)
+    asked = when_under_way(run, 5, lambda attempt: os.kill(attempt["pid"], signal.SIGTERM))
+    _run_training.run_training(run, 2)
+    assert asked.is_set()
+    verdict = ledger.judge(run.folder, 60)
+    assert verdict.faults == []
+    assert len(verdict.attempts) == 2
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "rates" in line]
+    assert steps == list(range(1, 61)), "no step was done twice"
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that neither answers nor dies: the others wait for it no longer than the collective time-out."""
+    from ray_jobs import _run_training
+
+    monkeypatch.setattr(_run_training, "COLLECTIVE_TIMEOUT_S", 5)
+    run = stage(tmp_path, steps=60, ledger=True)
+    frozen = when_under_way(run, 5, lambda attempt: os.kill(attempt["pid"], signal.SIGSTOP))
+    _run_training.run_training(run, 2)
+    assert frozen.is_set()
+    verdict = ledger.judge(run.folder, 60)
+    assert verdict.faults == []
+    assert len(verdict.attempts) == 2
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_asked_to_stop_says_so_and_goes_on_later(tmp_path: Path) -> None:
+    """As `ray job stop` asks it."""
+    from ray_jobs import _run_training
+
+    run = stage(tmp_path, steps=60, checkpoint_every_steps=0, ledger=True)
+    asked = when_under_way(run, 5, lambda attempt: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"Asked to stop: \d+ of 60 steps are done and kept"):
+        _run_training.run_training(run, 2)
+    assert asked.is_set()
+    manifest = _run_training.run_training(run, 1)
+    assert manifest.extra["metrics"]["steps"] == 60
+    assert ledger.judge(run.folder, 60).faults == []
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "rates" in line] == list(range(1, 61))

@@ -7,6 +7,7 @@
     │   └── StageError   a stage folder breaks the contract (missing, in use, rows lost)
     ├── NetworkError     nothing answers any more: it is our network, not the links
     ├── CheckpointError  weights or a checkpoint do not fit
+    ├── Interrupted      asked to stop (SIGTERM), and did: what was done is kept
     └── ClusterError     Ray is absent, unreachable or too small
 
 A message says what was wanted, what came and what to do.  Entry points print it as one sentence and exit with 2.
@@ -45,6 +46,10 @@ class NetworkError(TinyVLMError):
 
 class CheckpointError(TinyVLMError):
     """Weights or a training checkpoint are missing or do not fit the model."""
+
+
+class Interrupted(TinyVLMError):
+    """The run was asked to stop and did so cleanly; the same command continues."""
 
 
 class ClusterError(TinyVLMError):

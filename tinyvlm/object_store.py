@@ -49,6 +49,19 @@ class ObjectStore:
         with _as_os_error(path):
             return pa.PythonFile(_fs(path).open(_key(path), "rb", cache_type="none"), "r")
 
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Any]:
+        """An object that is sent in parts; it is there when this is over, and not at all when it is cut short."""
+        with _as_os_error(path):
+            stream = _fs(path).open(_key(path), "wb")
+            try:
+                yield stream
+            except BaseException:
+                with suppress(Exception):
+                    stream.discard()
+                raise
+            stream.close()
+
     def entries(self, folder: Path) -> list[Entry]:
         """What lies under a prefix, by name."""
         found: list[dict[str, Any]] = []

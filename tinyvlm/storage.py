@@ -270,6 +270,23 @@ def write_parquet(
             writer.write_table(table, row_group_size=row_group_size)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Any]:
+    """A new file too large for memory, open for writing from its start to its end; on a disk, flushed to the medium.
+
+    It has its name from the start, so nothing may speak of it before this is over.
+    """
+    if is_object(path):
+        with objects.writing(path) as stream:
+            yield stream
+        return
+    disk.make_folder(path.parent)
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_atomic(path: Path, content: Content, *, sync: bool = True) -> None:
     """Replace a file as a whole: whoever reads it, and whenever this dies, sees the old content or the new."""
     with draft(path, sync=sync) as new:

@@ -12,8 +12,11 @@ Shapes: B packs, T tokens of the longest pack, N pictures of all packs, S side o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +59,27 @@ class Batch:
     """(B,T) int64, IGNORED where nothing is learned"""
     pixels: Tensor | None
     """(N,S,S,3) uint8, pictures in the order in which their tokens stand, row by row; None without any"""
+    sizes: tuple[tuple[int, int], ...]
+    """Of each row: tokens that are not padding, and pictures"""
+    packs: tuple[Pack, ...] = ()
+    """What the plan calls each row; its last ones may be shorter, where a sample could not be read and was left out"""
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of each row, 32 hex digits over its ids, positions, labels and pixels: what a model sees of it, and no more.
+
+        How rows were put into batches, and so the padding behind them, makes no difference.  Wants a batch on the CPU.
+        """
+        ends = [0, *accumulate(pictures for _, pictures in self.sizes)]
+        found = []
+        for row, ((tokens, _), (begin, end)) in enumerate(zip(self.sizes, pairwise(ends), strict=True)):
+            digest = hashlib.sha256(f"{tokens} {end - begin}\n".encode())
+            for tensor in (self.input_ids, self.position_ids, self.labels):
+                digest.update(tensor[row, :tokens].contiguous().numpy().data)
+            if self.pixels is not None and end > begin:
+                digest.update(self.pixels[begin:end].contiguous().numpy().data)
+            found.append(digest.hexdigest()[:32])
+        return tuple(found)
 
     @property
     def pixel_values(self) -> Tensor | None:
@@ -68,7 +92,8 @@ class Batch:
             return self
         pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Batch(ids, positions, self.labels.to(device, non_blocking=True), pixels)
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(ids, positions, labels, pixels, self.sizes, self.packs)
 
 
 def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:
@@ -92,7 +117,7 @@ def _length(pack: Pack) -> int:
     return sum(item.tokens for item in pack)
 
 
-def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
+def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int, planned: Sequence[Pack] = ()) -> Batch:
     """Lay samples out in rows, one row a pack.  Empty packs are the caller's to leave out."""
     length = max(sum(len(sample.input_ids) for sample in pack) for pack in packs)
     ids = np.full((len(packs), length), pad_token_id, np.int64)
@@ -108,4 +133,6 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
             labels[row, start] = IGNORED
     pictures = [sample.pixels for pack in packs for sample in pack if len(sample.pixels)]
     pixels = torch.from_numpy(np.concatenate(pictures)) if pictures else None
-    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), pixels)
+    sizes = tuple((sum(len(s.input_ids) for s in pack), sum(len(s.pixels) for s in pack)) for pack in packs)
+    rows = torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels)
+    return Batch(*rows, pixels, sizes, tuple(planned))

@@ -10,6 +10,7 @@ decoded once.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from tinyvlm.train.reading import READ_COLUMNS, Place, Window, group_bytes
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
+
+log = logging.getLogger(__name__)
 
 _DIGESTS, _BYTES = READ_COLUMNS[2:]
 """Reading the first of these leaves alone counts a conversation's pictures without reading them."""
@@ -121,10 +124,20 @@ class Conversations:
         files: as `data_files` gives them.
         window: which row groups to keep in memory.
         cache_bytes: budget for encoded samples.
+        skip_bad_pictures: leave out a conversation with a picture that cannot be decoded, and say so.
     """
 
-    def __init__(self, files: Sequence[Path], processor: TinyVLMProcessor, *, window: Window, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        processor: TinyVLMProcessor,
+        *,
+        window: Window,
+        cache_bytes: int,
+        skip_bad_pictures: bool = False,
+    ) -> None:
         self.files, self.processor = list(files), processor
+        self._skip_bad_pictures, self._told = skip_bad_pictures, set[tuple[int, int, int]]()
         self._window = window
         self._kept: dict[tuple[int, int, int], dict[str, Any]] = {}
         self._groups: dict[Place, pa.Table] = {}
@@ -151,14 +164,27 @@ class Conversations:
                 here and one there, and come again and again.
 
         Raises:
-            DataError: a picture cannot be decoded, with the conversation's key and file.
+            DataError: a picture cannot be decoded, with the conversation's key and file; a file cannot be read.
         """
         with self._lock:
             if step is not None:
                 self._step = step
             else:
                 self._kept.update({_place(item): self._row(item) for item in pack if _place(item) not in self._kept})
-            return [self._sample(item) for item in pack]
+            return [sample for item in pack if (sample := self._sample_or_none(item)) is not None]
+
+    def _sample_or_none(self, item: Item) -> Sample | None:
+        try:
+            return self._sample(item)
+        except ImageError as error:
+            where = f"A picture of conversation {item.key} in {self.files[item.part]} cannot be decoded ({error})"
+            if not self._skip_bad_pictures:
+                said = f"{where}; run `prepare` again, or set on_bad_picture=skip to go on without it."
+                raise DataError(said) from None
+            if _place(item) not in self._told:
+                self._told.add(_place(item))
+                log.warning("%s; going on without it", where)
+            return None
 
     def _sample(self, item: Item) -> Sample:
         text = self._texts.get(_place(item))
@@ -177,12 +203,7 @@ class Conversations:
         ids, supervised = self.processor.tokens(messages, len(images))
         digests = [image["sha256"] or f"{_place(item)}/{number}" for number, image in enumerate(images)]
         self._texts.put(_place(item), (ids, supervised, digests), ids.nbytes + supervised.nbytes + 500)
-        try:
-            each = [self._decode(digest, image["bytes"]) for digest, image in zip(digests, images, strict=True)]
-        except ImageError as error:
-            where = f"conversation {item.key} in {self.files[item.part]}"
-            said = f"A picture of {where} cannot be decoded ({error}); run `prepare` again."
-            raise DataError(said) from None
+        each = [self._decode(digest, image["bytes"]) for digest, image in zip(digests, images, strict=True)]
         return self._join(ids, supervised, each)
 
     def _row(self, item: Item) -> dict[str, Any]:
@@ -205,9 +226,14 @@ class Conversations:
         for gone in self._window.enter(place, self._step):
             self._held_bytes -= self._groups.pop(gone).nbytes
         # As a dictionary, a picture that several rows show is in memory once.
-        with pq.ParquetFile(self.files[part], read_dictionary=[_BYTES]) as file:
-            table = file.read_row_group(group, columns=list(READ_COLUMNS), use_threads=False)
-            self.bytes_read += group_bytes(file.metadata.row_group(group))
+        try:
+            with pq.ParquetFile(self.files[part], read_dictionary=[_BYTES]) as file:
+                table = file.read_row_group(group, columns=list(READ_COLUMNS), use_threads=False)
+                self.bytes_read += group_bytes(file.metadata.row_group(group))
+        except (OSError, pa.ArrowException) as error:
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            where = f"Row group {group} of {self.files[part]}"
+            raise DataError(f"{where} cannot be read ({said}); run `prepare` again.") from None
         self.groups_read += 1
         self._groups[place] = table
         self._held_bytes += table.nbytes

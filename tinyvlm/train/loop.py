@@ -9,6 +9,7 @@ up to rounding.  A worker that has no pack, or only text, adds zeros and hangs n
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -20,7 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tinyvlm.errors import DataError
+from tinyvlm.errors import DataError, Interrupted
+from tinyvlm.train.bad_steps import BadStep
 from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
@@ -29,7 +31,13 @@ from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
 from tinyvlm.train.plan import Pack, Plan
+from tinyvlm.train.seeds import seed_step
 from tinyvlm.train.settings import TrainConfig
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""So many bad steps one after another mean that it is the weights."""
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -47,7 +55,16 @@ class Hooks:
     on_held_out: Callable[[int, float, float], None] = lambda step, loss, seconds: None
     """Steps done, loss, seconds that measuring took."""
     save: Callable[[int, State], None] = lambda step, state: None
-    """Keep a checkpoint of `step` steps done."""
+    """Keep a checkpoint of `step` steps done; the state's tensors change as soon as this returns."""
+    settle: Callable[[], None] = lambda: None
+    """Wait until all that was to be kept is kept; called before the run ends early."""
+    on_start: Callable[[int, int, int], None] = lambda first_step, updates, skipped: None
+    """First step (from 0), updates as the optimizer has counted them, and steps that were skipped."""
+    entering: Callable[[int, Sequence[Batch]], None] = lambda step, batches: None
+    """What is about to enter the model in a step (from 0)."""
+    on_bad_step: Callable[[BadStep], None] = lambda bad: None
+    wants_to_stop: Callable[[], bool] = lambda: False
+    """Asked in each step; a yes of one worker stops all of them after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,37 +96,45 @@ class Trainer:
         self.optimizer = make_optimizer(self.policy, self.config)
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
         self.tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
-        self.steps_done = 0
+        self.steps_done = self.skipped = self._skipped_in_a_row = 0
 
     def run(self, state: State | None = None) -> None:
         """Carry the plan out, from its start or from a checkpoint's state.
 
         Raises:
             DataError: the loss is not a finite number, with the step and its samples.
-            CheckpointError: frozen weights have changed.
+            Interrupted: one of the workers wanted to stop, and a checkpoint was kept.
         """
         if state is not None:
             self.restore(state)
         self.model.train()
+        hooks, num_steps = self.work.hooks, self.work.plan.num_steps
         every_save, every_eval = self.config.checkpoint_every_steps, self.config.eval_every_steps
+        hooks.on_start(self.steps_done, self._updates(), self.skipped)
         for batches, waited in self._stream(self.work.plan, self.steps_done):
-            self._step(batches, waited)
-            is_last = self.steps_done == self.work.plan.num_steps
-            if every_save and self.steps_done % every_save == 0 and not is_last:
-                self.work.hooks.save(self.steps_done, self.state())
-            if is_last or (every_eval and self.steps_done % every_eval == 0):
-                self._held_out()
+            shall_stop = self._step(batches, waited)
+            is_last = self.steps_done == num_steps
+            is_measured = is_last or (every_eval and self.steps_done % every_eval == 0)
+            loss = self._held_out() if is_measured else None  # before saving, so that no resume leaves it out
+            if not is_last and (shall_stop or (every_save and self.steps_done % every_save == 0)):
+                hooks.save(self.steps_done, {**self.state(), "held_out_loss": loss})
+            if shall_stop and not is_last:
+                self._settle()
+                raise Interrupted(
+                    f"Asked to stop: {self.steps_done} of {num_steps} steps are done and kept; "
+                    "the same command continues."
+                )
 
     def state(self) -> State:
-        """What a checkpoint holds."""
-        on_gpu = self.device.type == "cuda"
-        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
+        """What a checkpoint holds; its tensors are the live ones."""
         return {
             "steps_done": self.steps_done,
+            "skipped": self.skipped,
             "plan": self.work.plan.fingerprint,
+            "world": self.collective.world,
+            "seed": self.config.seed,
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
-            "random": random,
         }
 
     def restore(self, state: State) -> None:
@@ -118,10 +143,7 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
-        self.steps_done = int(state["steps_done"])
+        self.steps_done, self.skipped = int(state["steps_done"]), int(state["skipped"])
 
     def held_out_loss(self) -> float:
         """Mean loss over the supervised tokens of the validation plan, over all workers; nan without any."""
@@ -138,23 +160,34 @@ class Trainer:
         self.collective.sum(totals)
         return float(totals[0] / totals[1]) if totals[1] else math.nan
 
-    def _step(self, batches: Sequence[Batch], waited: float) -> None:
+    def _step(self, batches: Sequence[Batch], waited: float) -> bool:
+        """Do one step; whether a worker wants to stop after it."""
         step, started = self.steps_done, time.perf_counter()
+        self.work.hooks.entering(step, batches)
+        seed_step(self.config.seed, step, self.collective.rank)
         self.gradients.clear()
+        losses = []
         for batch in batches:
             loss, supervised = self._loss(batch.to(self.device))
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             self.gradients.add_loss(loss, supervised)
+            losses.append(loss.detach())
+        if self.work.hooks.wants_to_stop():
+            self.gradients.add_wish_to_stop()
         self.collective.sum(self.gradients.flat)
         mean_loss, norm = self.gradients.normalise(self.config.clip)
-        loss_value, norm_value = torch.stack([mean_loss, norm]).tolist()
-        self._check_finite(step, loss_value, norm_value)
+        loss_value, norm_value, wishes = torch.stack([mean_loss, norm, self.gradients.totals[2]]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._bad_step(BadStep(step, loss_value, norm_value, batches, [float(loss) for loss in losses]))
+            return bool(wishes)
+        self._skipped_in_a_row = 0
         set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
         self.optimizer.step()
         self.steps_done = step + 1
         seconds = waited + time.perf_counter() - started
         self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
+        return bool(wishes)
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """Summed loss and the number of tokens that it covers."""
@@ -197,23 +230,66 @@ class Trainer:
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
         at = step if plan is self.work.plan else None
-        loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
-        return [assemble(one, self.work.pad_token_id) for one in loaded]
+        made = []
+        for one in groups:
+            loaded = [(pack, samples) for pack in one if (samples := self.work.source.load(pack, at))]
+            if loaded:
+                planned, packs = zip(*loaded, strict=True)
+                made.append(assemble(packs, self.work.pad_token_id, planned))
+        if self.config.ledger and at is not None:
+            for batch in made:
+                batch.digests  # noqa: B018 (made here, in the thread that has time)
+        return made
 
-    def _held_out(self) -> None:
+    def _held_out(self) -> float | None:
         started = time.perf_counter()
         loss = self.held_out_loss()
-        if not math.isnan(loss):
-            self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
+        if math.isnan(loss):
+            return None
+        self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
+        return loss
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        keys = list(_keys(self.work.plan.packs(step)))
-        raise DataError(
-            f"Step {step + 1} has a loss of {loss} and a gradient norm of {norm}; nothing after the last checkpoint "
-            f"was kept. Lower the learning rates, or look at its {len(keys)} conversations (keys {keys[:8]}, …)."
+    def _bad_step(self, bad: BadStep) -> None:
+        """Keep it for replay, then skip it or raise; all workers do the same, for loss and norm are the same for all.
+
+        The optimizer has not seen it, so the weights are those before the step.
+        """
+        self.work.hooks.on_bad_step(bad)
+        self._skipped_in_a_row += 1
+        keys = self._suspects(bad)
+        shown = f"keys {', '.join(map(str, keys[:8]))}{', …' if len(keys) > 8 else ''}"
+        what = (
+            f"Step {bad.step + 1} has a loss of {bad.loss} and a gradient norm of {bad.norm} "
+            f"({len(keys)} conversations, {shown})"
         )
+        if self.config.on_bad_loss == "skip" and self._skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            log.warning("%s; skipped", what)
+            self.steps_done, self.skipped = bad.step + 1, self.skipped + 1
+            return
+        if bad.step and all(bool(torch.isfinite(weights).all()) for weights in self.parameters.values()):
+            self.work.hooks.save(self.steps_done, self.state())
+        self._settle()
+        raise DataError(
+            f"{what}; its batches are in bad-steps/{bad.name}, and the steps before it are kept. Lower the learning "
+            "rates, look at these conversations, or set on_bad_loss=skip."
+        )
+
+    def _suspects(self, bad: BadStep) -> list[int]:
+        """Keys of the conversations that may be to blame, on any worker; of the whole step if no batch is alone."""
+        packs, mine = self.work.plan.packs(bad.step), bad.suspects
+        flags = torch.tensor([float(pack in mine) for pack in packs], device=self.device)
+        self.collective.sum(flags)
+        found = [pack for pack, flag in zip(packs, flags.tolist(), strict=True) if flag]
+        return [item.key for pack in found or packs for item in pack]
+
+    def _settle(self) -> None:
+        """No worker ends before worker 0 has kept everything: whoever watches them might end it too."""
+        self.work.hooks.settle()
+        self.collective.barrier()
+
+    def _updates(self) -> int:
+        """How often the optimizer has changed the weights, by its own count."""
+        return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
 
     def _record(self, step: int, loss: float, norm: float, seconds: float, waited: float) -> StepRecord:
         items = [item for pack in self.work.plan.packs(step) for item in pack]
@@ -230,7 +306,3 @@ class Trainer:
             seconds=seconds,
             data_wait_s=waited,
         )
-
-
-def _keys(packs: Sequence[Pack]) -> Iterator[int]:
-    return (item.key for pack in packs for item in pack)

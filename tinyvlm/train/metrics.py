@@ -10,11 +10,14 @@ Goodput is the share of working time that advanced the plan: seconds in steps th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
         self._file: TextIO = path.open("a")
+        self._is_full = False
         if cut_off:
             self._file.write("\n")
         attempt = len(read(path).attempts) + 1
@@ -58,13 +62,24 @@ class MetricsFile:
         """Note a held-out loss, measured after `step` steps."""
         self._write({"step": step, "held_out_loss": _short(loss), "seconds": _short(seconds), "time": time.time()})
 
+    def skipped(self, step: int, loss: float, norm: float) -> None:
+        """Note that the step after `step` steps was left out, for its loss or gradient is no finite number."""
+        self._write({"skipped": step + 1, "loss": str(loss), "gradient_norm": str(norm), "time": time.time()})
+
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """A line that finds the disk full waits in the file's buffer, and is tried again with the next one."""
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                log.warning("metrics.jsonl cannot be written (%s); training goes on", error.strerror or error)
+            self._is_full = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class Metrics:
 
     steps: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
     attempts: list[dict[str, Any]]
     seconds: float
     """Working time of all attempts, from each one's start to its last line."""
@@ -89,6 +105,7 @@ class Metrics:
         totals = {name: sum(line[name] for line in self.steps) for name in counted}
         return {
             "steps": len(self.steps),
+            "skipped": len(self.skipped),
             "attempts": len(self.attempts),
             "first_loss": self.steps[0]["loss"] if self.steps else None,
             "last_loss": self.steps[-1]["loss"] if self.steps else None,
@@ -106,6 +123,7 @@ def read(path: Path) -> Metrics:
     """Read a `metrics.jsonl`; a last line that was cut off is left out."""
     steps: dict[int, dict[str, Any]] = {}
     held_out: dict[int, dict[str, Any]] = {}
+    skipped: dict[int, dict[str, Any]] = {}
     attempts: list[dict[str, Any]] = []
     seconds, started, latest = 0.0, 0.0, 0.0
     for text in path.read_text().splitlines() if path.is_file() else []:
@@ -119,11 +137,14 @@ def read(path: Path) -> Metrics:
             attempts.append(line)
         elif "held_out_loss" in line:
             held_out[line["step"]] = line
+        elif "skipped" in line:
+            skipped[line["skipped"]] = line
         else:
             steps[line["step"]] = line
         latest = line["time"]
     by_step = [steps[step] for step in sorted(steps)]
-    return Metrics(by_step, [held_out[step] for step in sorted(held_out)], attempts, seconds + latest - started)
+    by_held_out, by_skipped = ([lines[step] for step in sorted(lines)] for lines in (held_out, skipped))
+    return Metrics(by_step, by_held_out, by_skipped, attempts, seconds + latest - started)
 
 
 def _short(value: Any) -> Any:

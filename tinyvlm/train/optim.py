@@ -30,12 +30,12 @@ def rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:
 
 
 class Gradients:
-    """The gradients of all hot parameters, and two numbers more: summed loss and supervised tokens."""
+    """The gradients of all hot parameters, and three numbers more: summed loss, supervised tokens, wishes to stop."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
         size = sum(parameter.numel() for parameter in self._parameters)
-        self.flat = torch.zeros(size + 2, dtype=torch.float32, device=self._parameters[0].device)
+        self.flat = torch.zeros(size + 3, dtype=torch.float32, device=self._parameters[0].device)
         self.values, self.totals = self.flat[:size], self.flat[size:]
         start = 0
         for parameter in self._parameters:
@@ -50,6 +50,10 @@ class Gradients:
         """Note a summed loss and how many tokens it covers."""
         self.totals[0] += loss.detach()
         self.totals[1] += num_supervised
+
+    def add_wish_to_stop(self) -> None:
+        """Have all workers know, after the sum, that one of them would stop."""
+        self.totals[2] += 1
 
     def normalise(self, clip: float) -> tuple[Tensor, Tensor]:
         """Divide by the supervised tokens, clip, and return (mean loss, norm before clipping)."""

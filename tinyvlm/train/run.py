@@ -4,6 +4,8 @@
         lengths/part-*.parquet, plan.parquet, plan.json     what will be seen, in which order
         checkpoints/step-…                                  how far it got
         metrics.jsonl                                       one line a step
+        warnings.log                                        what the workers warned of
+        ledger/, bad-steps/                                 what entered the model; steps whose loss was no number
         model/                                              the result, a Hugging Face folder with its card
         result.json                                         the workers are done
         stats.json, report.html, manifest.json              closed (see folders.py)
@@ -32,6 +34,9 @@ from tinyvlm.train.settings import TrainConfig
 
 VERSION = 1
 """Raise it when the code changes the weights that come out."""
+
+WARNINGS_FILE = "warnings.log"
+"""What all workers warned of, one line each; it is only ever appended to."""
 
 BEFORE = {"pretrain": "", "sft": "pretrain", "instruct": "sft"}
 """Each training stage and the one whose model it starts from; the first one builds its model."""
@@ -210,6 +215,7 @@ def run_local(run: TrainingRun) -> Manifest:
     """Carry a training stage out in this process; the same folder comes out as over Ray, up to rounding."""
     from tinyvlm.lease import Lease
     from tinyvlm.train.collective import Alone
+    from tinyvlm.train.stopping import sigterm_noticed
     from tinyvlm.train.worker import carry_out
 
     if run.is_finished:
@@ -217,5 +223,6 @@ def run_local(run: TrainingRun) -> Manifest:
     started = time.perf_counter()
     with Lease.take(run.folder) as lease:
         if not run.is_trained:
-            carry_out(run, Alone(), lease.number)
+            with sigterm_noticed() as asked:
+                carry_out(run, Alone(), lease.number, wants_to_stop=asked.is_set)
         return run.finish(time.perf_counter() - started)

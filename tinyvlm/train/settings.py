@@ -61,6 +61,10 @@ class TrainConfig:
     """Largest norm of the gradient; 0 means no limit."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 is mixed precision: weights, gradients and optimizer state stay fp32."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """Of a step whose loss or gradient is no finite number: end the run, or leave the weights as they are and go on."""
+    on_bad_picture: Literal["stop", "skip"] = "stop"
+    """Of a picture that cannot be decoded any more: end the run, or leave its conversation out of its pack."""
     seed: int = 42
     max_validation: int = 2048
     """Conversations of the validation split that the held-out loss is measured on."""
@@ -68,6 +72,15 @@ class TrainConfig:
     checkpoint_every_steps: int = speed(500)
     """0 means never: an interrupted run starts again."""
     keep_checkpoints: int = speed(2)
+    """So many of the newest."""
+    keep_best_checkpoints: int = speed(0)
+    """And so many of those with the smallest held-out loss, where it was measured at the same step."""
+    checkpoints_in_background: bool = speed(True)
+    """Written while training goes on, from a copy in main memory; false saves that memory, and waits."""
+    checkpoints_at: str = speed("")
+    """A folder or the address of an object store, in which they lie under the run's name; "" means in its folder."""
+    ledger: bool = speed(False)
+    """Note a digest of all that enters the model, before each step, in `ledger/`: the proof of an exact resume."""
     eval_every_steps: int = speed(500)
     """Held-out loss every so many steps; it is always measured at the end.  0 means only then."""
     packs_per_batch: int = speed(8)
@@ -105,6 +118,7 @@ class TrainConfig:
                 "cache_mib",
             ),
             *("tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"),
+            "keep_best_checkpoints",
         )
         for name in not_negative:
             if getattr(self, name) < 0:

@@ -13,8 +13,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from tinyvlm import chat
 from tinyvlm import config as settings
 from tinyvlm.data import mixture
+from tinyvlm.errors import StageError
 from tinyvlm.folders import write_atomic
 from tinyvlm.images import PictureConfig
 from tinyvlm.lease import Lease
 from tinyvlm.model import ModelConfig, TinyVLMProcessor, build, load
-from tinyvlm.train import checkpoint, metrics, plan
+from tinyvlm.train import bad_steps, checkpoint, metrics, plan
+from tinyvlm.train.bad_steps import BadStep
 from tinyvlm.train.card import model_card
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.data import Conversations, data_files, measure
+from tinyvlm.train.ledger import Ledger
 from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.reading import Window, group_sizes, reading
-from tinyvlm.train.run import TrainingRun
+from tinyvlm.train.run import WARNINGS_FILE, TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,7 @@ def carry_out(
     lease_number: int,
     device: str = "cpu",
     on_held_out: Callable[[int, float], None] = lambda step, loss: None,
+    wants_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train, or go on training, and leave `model/` and `result.json` in the run's folder.
 
@@ -55,15 +61,28 @@ def carry_out(
         run: the same on all workers.
         lease_number: the driver's lease; worker 0 writes nothing once it has moved on.
         on_held_out: called on every worker with each held-out loss and the steps done.
+        wants_to_stop: asked on every worker in each step; a yes of one keeps a checkpoint and stops all.
 
     Raises:
         TinyVLMError: as a sentence; what was kept stays, and the same command continues.
     """
+    with _warnings_kept(run.folder / WARNINGS_FILE, collective.rank):
+        _carry_out(run, collective, lease_number, device, on_held_out, wants_to_stop)
+
+
+def _carry_out(
+    run: TrainingRun,
+    collective: Collective,
+    lease_number: int,
+    device: str,
+    on_held_out: Callable[[int, float], None],
+    wants_to_stop: Callable[[], bool],
+) -> None:
     torch.manual_seed(run.config.seed)
     model, processor = start_model(run)
     lengths = _measure(run, processor, collective)
     training, validation = _plans(run, lengths, collective)
-    state = checkpoint.load_newest(run.folder, training.fingerprint, log.warning)
+    state = _agreed_state(run, training, collective, device)
     numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if collective.rank == 0 else None
     config = run.config
     source = Conversations(
@@ -71,9 +90,15 @@ def carry_out(
         processor,
         window=Window.of(training, collective.rank, collective.world),
         cache_bytes=config.cache_mib << 20,
+        skip_bad_pictures=config.on_bad_picture == "skip",
     )
-    told = Hooks(on_held_out=lambda step, loss, seconds: on_held_out(step, loss))
-    hooks = told if numbers is None else _writing_hooks(run, numbers, lease_number, told)
+    hooks = Hooks(
+        on_held_out=lambda step, loss, seconds: on_held_out(step, loss),
+        on_bad_step=lambda bad: _keep_bad_step(run, bad, collective.rank),
+        wants_to_stop=wants_to_stop,
+    )
+    hooks = hooks if numbers is None else _writing_hooks(run, numbers, lease_number, hooks)
+    hooks = _noting_hooks(Ledger(run.folder, collective, device), training, hooks) if config.ledger else hooks
     work = Work(
         plan=training,
         validation=validation,
@@ -85,11 +110,36 @@ def carry_out(
     )
     trainer = Trainer(model.to(device), work, collective)
     trainer.run(state)
+    hooks.settle()
     frozen = trainer.policy.finish()
     if numbers is not None:
-        numbers.close()
-        Lease.check(run.folder, lease_number)
-        _leave_result(run, trainer, source, lengths, frozen)
+        try:
+            numbers.close()
+            Lease.check(run.folder, lease_number)
+            _leave_result(run, trainer, source, lengths, frozen)
+        except (OSError, SafetensorError) as error:
+            _remove_unfinished_models(run)
+            raise StageError(
+                f"{run.stage} has done all steps, but its model cannot be written in {run.folder} "
+                f"({getattr(error, 'strerror', None) or error}); free some space, and the same command continues from "
+                "the last checkpoint."
+            ) from error
+
+
+@contextmanager
+def _warnings_kept(path: Path, rank: int) -> Iterator[None]:
+    """What this worker warns of is appended to a file in the run's folder: its own output may be seen by nobody."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s\tworker {rank}: %(message)s"))
+    library = logging.getLogger("tinyvlm")
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        handler.close()
 
 
 def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
@@ -107,17 +157,61 @@ def _writing_hooks(run: TrainingRun, numbers: metrics.MetricsFile, lease_number:
         numbers.held_out(step, loss, seconds)
         told.on_held_out(step, loss, seconds)
 
-    def save(step: int, state: checkpoint.State) -> None:
-        checkpoint.save(
-            run.folder,
-            step,
-            state,
-            keep=run.config.keep_checkpoints,
-            before_rename=lambda: Lease.check(run.folder, lease_number),
-        )
+    def bad_step(bad: BadStep) -> None:
+        told.on_bad_step(bad)
+        numbers.skipped(bad.step, bad.loss, bad.norm)
 
-    checkpoint.clear(run.folder)
-    return Hooks(on_step=numbers.step, on_held_out=held_out, save=save)
+    config, root = run.config, checkpoint.root_of(run.folder, run.config.checkpoints_at)
+    checkpoint.clear(root)
+    writer = checkpoint.Writer(
+        root,
+        checkpoint.Keep(newest=config.keep_checkpoints, best=config.keep_best_checkpoints),
+        in_background=config.checkpoints_in_background,
+        before_done=lambda: Lease.check(run.folder, lease_number),
+    )
+    return replace(
+        told,
+        on_step=numbers.step,
+        on_held_out=held_out,
+        on_bad_step=bad_step,
+        save=writer.save,
+        settle=writer.finish,
+    )
+
+
+def _noting_hooks(ledger: Ledger, training: plan.Plan, hooks: Hooks) -> Hooks:
+    """The same, with a ledger."""
+
+    def start(first_step: int, updates: int, skipped: int) -> None:
+        hooks.on_start(first_step, updates, skipped)
+        ledger.start(training.fingerprint, first_step, updates, skipped)
+
+    return replace(hooks, on_start=start, entering=ledger.step)
+
+
+def _keep_bad_step(run: TrainingRun, bad: BadStep, rank: int) -> None:
+    try:
+        bad_steps.keep(run.folder, bad, rank)
+    except OSError as error:  # the loss itself is the news
+        log.warning("the batches of step %d could not be kept (%s)", bad.step + 1, error.strerror or error)
+
+
+def _agreed_state(
+    run: TrainingRun, training: plan.Plan, collective: Collective, device: str
+) -> checkpoint.State | None:
+    """The newest checkpoint that worker 0 can read, on every worker.
+
+    Raises:
+        CheckpointError: another worker cannot read it.
+    """
+    root, state = checkpoint.root_of(run.folder, run.config.checkpoints_at), None
+    if collective.rank == 0:
+        state = checkpoint.load_newest(root, training.fingerprint, log.warning)
+    step = torch.tensor([-1 if state is None else int(state["steps_done"])], device=device)
+    collective.broadcast(step)
+    if collective.rank > 0 and int(step) >= 0:
+        state = checkpoint.load(checkpoint.place_of(root, int(step)))
+    return state
 
 
 def _measure(run: TrainingRun, processor: TinyVLMProcessor, collective: Collective) -> list[Path]:
@@ -184,12 +278,17 @@ def _plans(run: TrainingRun, lengths: Sequence[Path], collective: Collective) ->
     return training, validation
 
 
+def _remove_unfinished_models(run: TrainingRun) -> None:
+    for path in run.folder.glob(".model.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _leave_result(
     run: TrainingRun, trainer: Trainer, source: Conversations, lengths: Sequence[Path], frozen: Mapping[str, str]
 ) -> None:
     """Save the model in the shape in which others load it, then say so."""
     final, temporary = run.folder / "model", run.folder / f".model.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_unfinished_models(run)
     trainer.model.eval()
     disable_progress_bar()
     trainer.model.save_pretrained(temporary)
