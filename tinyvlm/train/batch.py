@@ -56,6 +56,8 @@ class Batch:
     """(B,T) int64, IGNORED where nothing is learned"""
     pixels: Tensor | None
     """(N,S,S,3) uint8, pictures in the order in which their tokens stand, row by row; None without any"""
+    kinds: Tensor | None = None
+    """(L,) int64, the kind of each supervised token, row by row (kinds.py); None where they are not told apart"""
 
     @property
     def pixel_values(self) -> Tensor | None:
@@ -68,7 +70,8 @@ class Batch:
             return self
         pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Batch(ids, positions, self.labels.to(device, non_blocking=True), pixels)
+        kinds = None if self.kinds is None else self.kinds.to(device, non_blocking=True)
+        return Batch(ids, positions, self.labels.to(device, non_blocking=True), pixels, kinds)
 
 
 def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:

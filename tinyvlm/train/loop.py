@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,10 @@ from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
+from tinyvlm.train.flops import FlopCounter
 from tinyvlm.train.freeze import FreezePolicy
+from tinyvlm.train.kinds import Kinds, LossSums, Tally
+from tinyvlm.train.meter import Meter
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
 from tinyvlm.train.plan import Pack, Plan
@@ -46,6 +49,8 @@ class Hooks:
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_held_out: Callable[[int, float, float], None] = lambda step, loss, seconds: None
     """Steps done, loss, seconds that measuring took."""
+    on_sources: Callable[[int, str, LossSums], None] = lambda step, split, sums: None
+    """Steps done, "train" or "held_out", the loss of each kind."""
     save: Callable[[int, State], None] = lambda step, state: None
     """Keep a checkpoint of `step` steps done."""
 
@@ -60,6 +65,10 @@ class Work:
     config: TrainConfig
     pad_token_id: int
     new_token_ids: Sequence[int] = ()
+    kinds: Kinds | None = None
+    """Tells samples of the plans apart, for the loss of each source; None tells none apart."""
+    peak_flops: float = 0.0
+    """Matrix rate of all workers' devices, operations a second, for MFU; 0 where nobody measured."""
     hooks: Hooks = field(default_factory=Hooks)
 
 
@@ -79,6 +88,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.policy, self.config)
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
         self.tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
+        names = work.kinds.names if work.kinds else []
+        self.tally, self.held_out_tally = Tally(names, self.device), Tally(names, self.device)
+        counter = FlopCounter(model.config, self.config.rates)
+        self.meter = Meter(self.device, counter, work.peak_flops, self.tower)
         self.steps_done = 0
 
     def run(self, state: State | None = None) -> None:
@@ -92,9 +105,12 @@ class Trainer:
             self.restore(state)
         self.model.train()
         every_save, every_eval = self.config.checkpoint_every_steps, self.config.eval_every_steps
+        every_sources = self.config.show.sources_every_steps
         for batches, waited in self._stream(self.work.plan, self.steps_done):
             self._step(batches, waited)
             is_last = self.steps_done == self.work.plan.num_steps
+            if every_sources and (is_last or self.steps_done % every_sources == 0):
+                self._tell_sources("train", self.tally)
             if every_save and self.steps_done % every_save == 0 and not is_last:
                 self.work.hooks.save(self.steps_done, self.state())
             if is_last or (every_eval and self.steps_done % every_eval == 0):
@@ -140,6 +156,7 @@ class Trainer:
 
     def _step(self, batches: Sequence[Batch], waited: float) -> None:
         step, started = self.steps_done, time.perf_counter()
+        self.meter.start()
         self.gradients.clear()
         for batch in batches:
             loss, supervised = self._loss(batch.to(self.device))
@@ -167,6 +184,9 @@ class Trainer:
                 loss_reduction="sum",
                 use_cache=False,
             )
+        if batch.kinds is not None:
+            tally = self.tally if self.model.training else self.held_out_tally
+            tally.add(output.token_losses, batch.kinds)
         return output.loss, output.num_supervised
 
     def _pictures(self, batch: Batch) -> dict[str, torch.Tensor | None]:
@@ -198,13 +218,23 @@ class Trainer:
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
         at = step if plan is self.work.plan else None
         loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
-        return [assemble(one, self.work.pad_token_id) for one in loaded]
+        batches = [assemble(one, self.work.pad_token_id) for one in loaded]
+        if self.work.kinds is None:
+            return batches
+        tokens = [self.work.kinds.of_tokens(item for pack in one for item in pack) for one in groups]
+        return [replace(batch, kinds=kinds) for batch, kinds in zip(batches, tokens, strict=True)]
 
     def _held_out(self) -> None:
         started = time.perf_counter()
         loss = self.held_out_loss()
         if not math.isnan(loss):
             self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
+        self._tell_sources("held_out", self.held_out_tally)
+
+    def _tell_sources(self, split: str, tally: Tally) -> None:
+        """A meeting of all workers; each calls its hook."""
+        if self.work.kinds is not None:
+            self.work.hooks.on_sources(self.steps_done, split, tally.take(self.collective))
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -229,6 +259,7 @@ class Trainer:
             pictures=sum(item.pictures for item in items),
             seconds=seconds,
             data_wait_s=waited,
+            **self.meter.step(items, seconds),
         )
 
 
