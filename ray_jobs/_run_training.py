@@ -1,6 +1,8 @@
 """Carry out a training stage with Ray Train: the same folder comes out as from `tinyvlm.train.run.run_local`.
 
-    driver: lease, progress line ──TorchTrainer──▶ workers (_train_worker.py) ──▶ driver: close the folder
+    driver: lease, follower ──TorchTrainer──▶ workers (_train_worker.py) ──▶ driver: close the folder
+            ├─▶ progress line, Ray's metrics, trackers
+            └─▶ evaluations of checkpoints, as tasks (_evaluator.py)
 
 Ray places the workers, joins them into a process group and starts them again when one is lost.  It holds no position
 and no checkpoint: started again, workers go on from the newest checkpoint in the folder.  What a worker raises on
@@ -15,18 +17,22 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray_jobs import _cluster
 from ray_jobs._cli import Job, show_plan
 from ray_jobs._cluster import StageResources
+from ray_jobs._evaluator import EvaluationTask, starter
 from ray_jobs._train_worker import ERROR_FILE, work
+from ray_jobs._training_metrics import TrainingMetrics
 from ray_jobs._training_progress import TrainingProgress
 from tinyvlm import config, errors
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest
 from tinyvlm.lease import Lease
+from tinyvlm.train.follow import shown
 from tinyvlm.train.run import TrainingRun, open_run
 
 WORKERS = 2
@@ -93,13 +99,20 @@ def run_training(training: TrainingRun, workers: int | None) -> Manifest:
             (training.folder / ERROR_FILE).unlink(missing_ok=True)
             num_threads = _cluster.threads_per_worker(ray, size, resources)
             log.info("%s: %d workers of %s", training.stage, size, resources)
-            _fit(training, lease.number, size, resources, num_threads)
+            evaluate = starter(ray, training, _spare(ray, size, resources))
+            trainer = _trainer(training, lease.number, size, resources, num_threads)
+            _fit(training, trainer, evaluate)
             return training.finish(time.perf_counter() - started)
 
 
-def _fit(training: TrainingRun, lease_number: int, size: int, resources: StageResources, num_threads: int) -> None:
+def _spare(ray: Any, size: int, resources: StageResources) -> StageResources:
+    """What an evaluation asks for: a GPU where the workers leave one, else a CPU."""
+    spare = ray.cluster_resources().get("GPU", 0.0) - size * resources.num_gpus
+    return StageResources(num_cpus=EACH.num_cpus, num_gpus=1.0 if spare >= 1 else 0.0)
+
+
+def _fit(training: TrainingRun, trainer: Any, evaluate: Callable[[Path], EvaluationTask]) -> None:
     """Run the trainer in a thread of its own, for Ray takes Ctrl-C away from the main thread if it may."""
-    trainer = _trainer(training, lease_number, size, resources, num_threads)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -109,10 +122,15 @@ def _fit(training: TrainingRun, lease_number: int, size: int, resources: StageRe
             failures.append(error)
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
-    with TrainingProgress(training.stage, training.folder) as progress:
+    metrics = TrainingMetrics(training.stage)
+    with (
+        TrainingProgress(training.stage, training.folder, metrics) as progress,
+        shown(training, evaluate, progress.take) as follower,
+    ):
         thread.start()
         while thread.is_alive():
             thread.join(0.25)
+            follower.tick()
             progress.tick()
         if failures:
             raise _in_words(training, failures[0])

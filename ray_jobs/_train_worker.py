@@ -24,9 +24,13 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["num_threads"])
         torch.set_flush_denormal(True)
         from tinyvlm.train.collective import Group
+        from tinyvlm.train.evaluate import evaluate_finished
         from tinyvlm.train.worker import carry_out
 
-        carry_out(training, Group(), settings["lease_number"], str(ray.train.torch.get_device()), _report)
+        group, device = Group(), str(ray.train.torch.get_device())
+        carry_out(training, group, settings["lease_number"], device, _report)
+        if group.rank == 0:
+            evaluate_finished(training, device)
     except TinyVLMError as error:
         content = {"error": str(error), "kind": type(error).__name__, "traceback": traceback.format_exc()}
         write_atomic(training.folder / ERROR_FILE, json.dumps(content))

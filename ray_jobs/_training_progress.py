@@ -1,6 +1,9 @@
 """What a running training stage says of itself: a plain line every two seconds, and progress.json in its folder.
 
-It reads what worker 0 writes (`metrics.jsonl`, `plan.json`), so it needs no word from the workers.
+    Follower ──line──▶ TrainingProgress ──┬─▶ log, progress.json (the demo's screen shows it)
+    plan.json ────────▶                   └─▶ Ray's metrics (_training_metrics.py)
+
+It is told what worker 0 writes (`metrics.jsonl`) and reads `plan.json`, so it needs no word from the workers.
 """
 
 from __future__ import annotations
@@ -8,12 +11,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tinyvlm.data import mixture
 from tinyvlm.folders import write_atomic
+
+if TYPE_CHECKING:
+    from ray_jobs._training_metrics import TrainingMetrics
 
 EVERY_S = 2.0
 QUIET_S = 20.0
@@ -23,17 +30,16 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProgress:
-    """Use as a context manager; call `tick` often."""
+    """Use as a context manager; hand it lines with `take`, and call `tick` often."""
 
-    def __init__(self, stage: str, folder: Path) -> None:
+    def __init__(self, stage: str, folder: Path, metrics: TrainingMetrics | None = None) -> None:
         self.stage, self.folder = stage, folder
         self.state, self.last = "running", dict[str, Any]()
         self.num_steps = 0
-        path = folder / "metrics.jsonl"
-        self._offset = path.stat().st_size if path.is_file() else 0
+        self._metrics = metrics
         self._started = self._wrote_at = self._said_at = time.monotonic()
         self._said_step, self._first_step = -1, 0
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._mfu_seconds = 0, 0.0, 0.0
 
     def __enter__(self) -> Self:
         self._write()
@@ -43,7 +49,6 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._read_plan()
-        self._read()
         self.state = "done" if kind is None else "stopped"
         self._write()
         log.info("%s", self.line())
@@ -55,7 +60,6 @@ class TrainingProgress:
             return
         self._wrote_at = now
         self._read_plan()
-        self._read()
         self._write()
         step = self.last.get("step", 0)
         if step != self._said_step or now - self._said_at > QUIET_S:
@@ -63,16 +67,19 @@ class TrainingProgress:
             self._said_step, self._said_at = step, now
 
     def line(self) -> str:
-        """`sft step 120/300 · loss 0.412 · 9,300 tokens/s · 0:21 left`."""
+        """`sft step 120/300 · loss 0.412 · 9,300 tokens/s · MFU 41% · 0:21 left`."""
         if not self.last:
             return f"{self.stage} starting"
         step = self.last["step"]
         words = [f"{self.stage} step {step}/{self.num_steps or '?'}", f"loss {self.last['loss']:.4f}"]
         if self._seconds:
             words.append(f"{self._tokens / self._seconds:,.0f} tokens/s")
+        if self._mfu_seconds and self._seconds:
+            words.append(f"MFU {self._mfu_seconds / self._seconds:.0%}")
         left_s = self._left_s()
         if left_s:
-            words.append(f"{int(left_s) // 60}:{int(left_s) % 60:02d} left")
+            hours, minutes = divmod(int(left_s) // 60, 60)
+            words.append(f"{f'{hours}:{minutes:02d}' if hours else minutes}:{int(left_s) % 60:02d} left")
         return " · ".join(words)
 
     def content(self) -> dict[str, Any]:
@@ -84,6 +91,7 @@ class TrainingProgress:
             "step": self.last.get("step", 0),
             "steps": self.num_steps,
             "loss": self.last.get("loss"),
+            "mfu": self.last.get("mfu"),
             "seconds": round(time.monotonic() - self._started, 2),
             "time": time.time(),
         }
@@ -104,29 +112,22 @@ class TrainingProgress:
         for line in mixture.lines(plan["mixture"], plan["remarks"]):
             log.info("%s mixture · %s", self.stage, line)
 
-    def _read(self) -> None:
-        """Take in the lines that came since the last look."""
-        try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
-                file.seek(self._offset)
-                text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._offset += len(whole)
-            for line in whole.splitlines():
-                self._take(json.loads(line) if line.strip() else {})
-        except (OSError, ValueError, KeyError):
-            return  # not there yet, or a line that a killed run cut off
-
-    def _take(self, line: dict[str, Any]) -> None:
-        if "loss" not in line:
+    def take(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, or an evaluation."""
+        if self._metrics is not None:
+            self._metrics.take(line)
+        if "rates" not in line:
             return
         if not self.last or line["step"] <= self.last["step"]:  # the first step, or a restart from a checkpoint
-            self._first_step, self._tokens, self._seconds = line["step"] - 1, 0, 0.0
-        self.last = line
+            self._first_step, self._tokens, self._seconds, self._mfu_seconds = line["step"] - 1, 0, 0.0, 0.0
+        self.last = dict(line)
         self._tokens += line["tokens"]
         self._seconds += line["seconds"]
+        self._mfu_seconds += line["seconds"] * (line.get("mfu") or 0.0)
 
     def _write(self) -> None:
+        if self._metrics is not None and self.last:
+            self._metrics.show(self.num_steps, self._left_s() if self.state == "running" else 0.0)
         try:
             write_atomic(self.folder / "progress.json", json.dumps(self.content()))
         except OSError as error:  # it is only for looking at

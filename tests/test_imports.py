@@ -22,7 +22,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),
     ],
     [("model",)],
-    [("generation",), ("data",)],
+    [("generation",), ("data",), ("eval.captions",)],
     [("train",), ("eval",), ("serve",)],
     [("toy",)],
     [("recipes",), ("labels.command",)],

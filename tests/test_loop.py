@@ -30,6 +30,7 @@ from tinyvlm.train.optim import rate_factor
 from tinyvlm.train.reading import Window
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
+from tinyvlm.train.shown import ShowConfig
 from tinyvlm.upkeep import verify
 
 torch.set_num_threads(1)
@@ -47,6 +48,7 @@ CONFIG = TrainConfig(
     checkpoint_every_steps=0,
     eval_every_steps=0,
     packs_per_batch=2,
+    show=ShowConfig(trackers=()),
 )
 
 

@@ -7,7 +7,7 @@ Of the statistics, `statuses` become a bar, a sum and a table with their meaning
 `pictures` are shown, `rows` (label and text) are listed, `sections` (name → statistics, with a `note` and `measured` if
 another run may give other numbers) come below with a heading each, and whatever else is there is listed as it is:
 lists of records and mappings with equal names as tables (behind a click where `folded` has their name), shares in per
-cent, bytes in kB, MB, ….
+cent, bytes in kB, MB, ….  What `hidden` names is for programs: `rows` say it in words.
 
 Everything is escaped: host names, captions and details come from strangers.
 """
@@ -31,7 +31,7 @@ MAX_FAMILIES = 5
 
 _SHOWN_APART = (
     *("stage", "rows_in", "rows_out", "statuses", "seconds", "charts", "pictures", "rows"),
-    *("sections", "note", "measured", "folded"),
+    *("sections", "note", "measured", "folded", "hidden"),
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
 
@@ -76,7 +76,8 @@ def section(statistics: Mapping[str, Any], level: int = 3) -> str:
         parts.append(_table((), [(str(label), str(text)) for label, text in statistics["rows"]]))
     if statistics.get("statuses"):
         parts += [_outcomes(statistics["statuses"]), _sum(statistics), _statuses(statistics["statuses"])]
-    others = {key: value for key, value in statistics.items() if key not in _SHOWN_APART}
+    unseen = {*_SHOWN_APART, *(statistics.get("hidden") or ())}
+    others = {key: value for key, value in statistics.items() if key not in unseen}
     folded = statistics.get("folded") or ()
     charts = [_chart(content) for content in statistics.get("charts") or []]
     shown = f"<div class='charts{'' if len(charts) > 1 else ' one'}'>{''.join(charts)}</div>" if charts else ""

@@ -157,6 +157,7 @@ class Trainer:
     def _step(self, batches: Sequence[Batch], waited: float) -> None:
         step, started = self.steps_done, time.perf_counter()
         self.meter.start()
+        self.tally.begin()
         self.gradients.clear()
         for batch in batches:
             loss, supervised = self._loss(batch.to(self.device))
@@ -169,6 +170,7 @@ class Trainer:
         self._check_finite(step, loss_value, norm_value)
         set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
         self.optimizer.step()
+        self.tally.keep()
         self.steps_done = step + 1
         seconds = waited + time.perf_counter() - started
         self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
@@ -218,23 +220,25 @@ class Trainer:
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
         at = step if plan is self.work.plan else None
         loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
-        batches = [assemble(one, self.work.pad_token_id) for one in loaded]
-        if self.work.kinds is None:
-            return batches
-        tokens = [self.work.kinds.of_tokens(item for pack in one for item in pack) for one in groups]
-        return [replace(batch, kinds=kinds) for batch, kinds in zip(batches, tokens, strict=True)]
+        return [self._batch(one, samples) for one, samples in zip(groups, loaded, strict=True)]
+
+    def _batch(self, packs: Sequence[Pack], samples: Sequence[Sequence[Sample]]) -> Batch:
+        batch, kinds = assemble(samples, self.work.pad_token_id), self.work.kinds
+        return batch if kinds is None else replace(batch, kinds=kinds.of_tokens(packs, samples))
 
     def _held_out(self) -> None:
         started = time.perf_counter()
+        self.held_out_tally.begin()
         loss = self.held_out_loss()
         if not math.isnan(loss):
             self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
+        self.held_out_tally.keep()
         self._tell_sources("held_out", self.held_out_tally)
 
     def _tell_sources(self, split: str, tally: Tally) -> None:
-        """A meeting of all workers; each calls its hook."""
-        if self.work.kinds is not None:
-            self.work.hooks.on_sources(self.steps_done, split, tally.take(self.collective))
+        """A meeting of all workers, each of which calls its hook."""
+        if self.work.kinds is not None and (sums := tally.take(self.collective)).any:
+            self.work.hooks.on_sources(self.steps_done, split, sums)
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):

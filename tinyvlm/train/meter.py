@@ -1,7 +1,7 @@
 """What one worker's device can do, holds and uses: the denominator of MFU, memory, energy.
 
-    name ──PEAK_BF16_TFLOPS──▶ rate; of a device that is not in the table, a matrix product is timed, once a process
-    NVML (nvidia-ml-py, where it is installed) ──▶ joules since the meter was made
+name ──PEAK_BF16_TFLOPS──▶ rate; of a device that is not in the table, a matrix product is timed, once a process
+NVML (nvidia-ml-py, where it is installed) ──▶ joules since the meter was made
 """
 
 from __future__ import annotations

@@ -105,8 +105,22 @@ class Metrics:
     attempts: list[dict[str, Any]]
     sources: dict[str, list[dict[str, Any]]]
     """Of each split, the lines with the loss of each source."""
-    seconds: float
-    """Working time of all attempts, from each one's start to its last line."""
+    attempt_seconds: list[float]
+    """Working time of each attempt, from its start to its last line."""
+
+    @property
+    def seconds(self) -> float:
+        """Working time of all attempts."""
+        return sum(self.attempt_seconds)
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Operations of the steps that count, by part of the model."""
+        sums: dict[str, float] = {}
+        for line in self.steps:
+            for part, value in line.get("flops", {}).items():
+                sums[part] = sums.get(part, 0.0) + value
+        return sums
 
     @property
     def step_seconds(self) -> float:
@@ -148,25 +162,25 @@ def read(path: Path) -> Metrics:
     held_out: dict[int, dict[str, Any]] = {}
     sources: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "held_out": {}}
     attempts: list[dict[str, Any]] = []
-    seconds, started, latest = 0.0, 0.0, 0.0
+    seconds: list[float] = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
         if "attempt" in line:
-            seconds += latest - started
-            started = line["time"]
             attempts.append(line)
+            seconds.append(0.0)
         elif "held_out_loss" in line:
             held_out[line["step"]] = line
         elif "split" in line:
             sources[line["split"]][line["step"]] = line
-        elif "loss" in line:
+        elif "rates" in line:
             steps[line["step"]] = line
-        latest = line["time"]
+        if attempts:
+            seconds[-1] = line["time"] - attempts[-1]["time"]
     last = {split: _in_order(lines) for split, lines in sources.items()}
-    return Metrics(_in_order(steps), _in_order(held_out), attempts, last, seconds + latest - started)
+    return Metrics(_in_order(steps), _in_order(held_out), attempts, last, seconds)
 
 
 def _in_order(lines: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
