@@ -335,7 +335,7 @@ def test_a_stage_reads_the_folders_of_all_sources(tmp_path: Path) -> None:
     run_local(run)
     told = json.loads((run.folder / "plan.json").read_text())
     statistics = json.loads((run.folder / "stats.json").read_text())
-    assert statistics["mixture"] == told["mixture"]
+    assert statistics["sections"]["data"]["mixture"] == told["mixture"]
     assert sum(kind["samples"] for kind in told["mixture"]) == told["samples"]
     assert all(kind["samples"] == 0 for kind in told["mixture"] if kind["source"] == "c")
     assert any("upsampled: b/" in said for said in told["remarks"])

@@ -22,7 +22,7 @@ from tinyvlm.train.plan import Item
 
 CUDA_SIDE, CPU_SIDE = 8192, 1024
 """Side of the square matrices that are multiplied to measure a device's rate: bf16 on CUDA, fp32 on a CPU."""
-REPEATS = 3
+REPEATS = 8
 
 
 @dataclass(frozen=True)

@@ -88,23 +88,46 @@ def statistics(account: Account, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         **totals,
         "hidden": list(totals),
+        "tiles": tiles(account, seconds),
         "rows": facts(account),
         "parameters": result["parameters"],
         "charts": charts(account),
-        "left_out": left_out(account),
-        "plan": result["plan"],
-        "mixture": result["mixture"],
-        "remarks": result["remarks"],
-        "planned_reading": result["planned_reading"],
-        "reading": result["reading"],
-        "folded": ["planned_reading"],
+        "sections": {
+            "data": {
+                "plan": result["plan"],
+                "remarks": result["remarks"],
+                "reading": result["reading"],
+                "mixture": result["mixture"],
+                "planned_reading": result["planned_reading"],
+                "folded": ["planned_reading"],
+            },
+        },
     }
+    missing = left_out(account)
+    if missing:
+        told["left_out"] = missing
     if account.samples:
         told["pictures"] = {
             "title": "Held-out pictures: what was asked → the finished model's greedy answer (the truth)",
             "items": list(account.samples),
         }
     return told
+
+
+def tiles(account: Account, seconds: float) -> list[tuple[str, str]]:
+    """The numbers to see first."""
+    totals, bleu, mfu = account.numbers.summary(), account.bleu, account.numbers.mfu
+    told = [
+        ("steps", f"{totals['steps']:,}"),
+        ("samples", number(totals["samples_seen"])),
+        ("loss", "" if totals["last_loss"] is None else f"{totals['last_loss']:.3f}"),
+        ("held-out loss", "" if totals["held_out_loss"] is None else f"{totals['held_out_loss']:.3f}"),
+        ("BLEU-4", "" if bleu is None else f"{bleu['bleu'][3]:.3f}"),
+        ("tokens / s", number(totals["tokens_per_s"])),
+        ("MFU", "" if mfu is None else f"{mfu:.0%}"),
+        ("time", _duration(seconds)),
+    ]
+    return [(label, text) for label, text in told if text]
 
 
 def left_out(account: Account) -> list[dict[str, Any]]:
@@ -257,10 +280,7 @@ def charts(account: Account) -> list[dict[str, Any]]:
     rates = {
         name: {"x": at, "y": [line["rates"][name] for line in steps]} for name in (steps[0]["rates"] if steps else {})
     }
-    speed = {
-        name: {"x": at, "y": _smooth([line[key] / s for line, s in zip(steps, seconds, strict=True)])}
-        for name, key in (("tokens", "tokens"), ("supervised tokens", "supervised"))
-    }
+    speed = over("tokens", _smooth([line["tokens"] / s for line, s in zip(steps, seconds, strict=True)]))
     shares = over("MFU", _percent(_smooth([line.get("mfu") for line in steps])))
     waits = over(
         "waiting for data",
@@ -272,12 +292,12 @@ def charts(account: Account) -> list[dict[str, Any]]:
     }
     made = [
         _line("Loss", "loss per supervised token", loss),
-        _line("Loss by source, training", "loss per supervised token", _curves(numbers.sources["train"], "sources")),
-        _line("Loss by source, held out", "loss per supervised token", _curves(numbers.sources["held_out"], "sources")),
+        _by_kind("training", numbers.sources["train"]),
+        _by_kind("held out", numbers.sources["held_out"]),
         _line("BLEU of held-out captions", "0 … 1", _bleu_curves(account.evaluations)),
         _line("Learning rate", "learning rate", rates),
         _line("Gradient", "norm before clipping", over("gradient", [line["gradient_norm"] for line in steps])),
-        _line("Throughput", "per second", speed),
+        _line("Throughput", "tokens per second", speed),
         _line("Share of the devices' matrix rate that the model needs", "per cent", shares),
         _line("Share of each step that waited for data", "per cent", waits, y_range=[0, 100] if waits else None),
         _line("Memory", "GiB", memory),
@@ -288,6 +308,14 @@ def charts(account: Account) -> list[dict[str, Any]]:
 def _line(title: str, y_label: str, series: Series, y_range: list[float] | None = None) -> dict[str, Any]:
     told = {"kind": "line", "title": title, "x_label": "step", "y_label": y_label, "series": series}
     return told if y_range is None else {**told, "y_range": y_range}
+
+
+def _by_kind(split: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The loss of each source; of each family where there is one source only."""
+    curves, what = _curves(lines, "sources"), "source"
+    if not curves:
+        curves, what = _curves(lines, "families"), "family"
+    return _line(f"Loss by {what}, {split}", "loss per supervised token", curves)
 
 
 def _curves(lines: Sequence[Mapping[str, Any]], field: str) -> Series:
