@@ -1,6 +1,8 @@
 """Carry out a training stage with Ray Train: the same folder comes out as from `tinyvlm.train.run.run_local`.
 
-    driver: lease, progress line ──TorchTrainer──▶ workers (_train_worker.py) ──▶ driver: close the folder
+    driver: lease, follower ──TorchTrainer──▶ workers (_train_worker.py) ──▶ driver: close the folder
+            ├─▶ progress line, Ray's metrics, trackers
+            └─▶ evaluations of checkpoints, as tasks (_evaluator.py)
 
 Ray places the workers, joins them into a process group and starts them again when one is lost; with `--workers MIN-MAX`
 on as many as the cluster has at the time.  It holds no position and no checkpoint: started again, workers go on from
@@ -16,19 +18,23 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray_jobs import _cluster
 from ray_jobs._cli import Job, show_plan
 from ray_jobs._cluster import StageResources
+from ray_jobs._evaluator import EvaluationTask, starter
 from ray_jobs._train_worker import ERROR_FILE, STOP_FILE, work
+from ray_jobs._training_metrics import TrainingMetrics
 from ray_jobs._training_progress import TrainingProgress
 from tinyvlm import config, errors
 from tinyvlm.errors import StageError, TinyVLMError
 from tinyvlm.folders import Manifest
 from tinyvlm.lease import Lease
 from tinyvlm.train import checkpoint
+from tinyvlm.train.follow import shown
 from tinyvlm.train.run import TrainingRun, open_run
 from tinyvlm.train.stopping import sigterm_noticed
 
@@ -107,11 +113,18 @@ def run_training(training: TrainingRun, workers: int | None, min_workers: int | 
             num_threads = _cluster.threads_per_worker(ray, sizes[1], resources)
             many = f"{sizes[0]} to {sizes[1]}" if sizes[0] < sizes[1] else f"{size}"
             log.info("%s: %s workers of %s", training.stage, many, resources)
-            _fit(training, _trainer(ray, training, lease.number, sizes, resources, num_threads))
+            evaluate = starter(ray, training, _spare(ray, sizes[1], resources))
+            _fit(training, _trainer(ray, training, lease.number, sizes, resources, num_threads), evaluate)
             return training.finish(time.perf_counter() - started)
 
 
-def _fit(training: TrainingRun, trainer: Any) -> None:
+def _spare(ray: Any, size: int, resources: StageResources) -> StageResources:
+    """What an evaluation asks for: a GPU where the workers leave one, else a CPU."""
+    spare = ray.cluster_resources().get("GPU", 0.0) - size * resources.num_gpus
+    return StageResources(num_cpus=EACH.num_cpus, num_gpus=1.0 if spare >= 1 else 0.0)
+
+
+def _fit(training: TrainingRun, trainer: Any, evaluate: Callable[[Path], EvaluationTask]) -> None:
     """Run the trainer in a thread of its own, for Ray takes Ctrl-C away from the main thread if it may."""
     failures: list[BaseException] = []
 
@@ -122,11 +135,17 @@ def _fit(training: TrainingRun, trainer: Any) -> None:
             failures.append(error)
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
+    metrics = TrainingMetrics(training.stage)
     # Ray has put a handler of its own in place when it was connected, so ours comes after.
-    with TrainingProgress(training.stage, training.folder) as progress, sigterm_noticed() as asked:
+    with (
+        TrainingProgress(training.stage, training.folder, metrics) as progress,
+        shown(training, evaluate, progress.take) as follower,
+        sigterm_noticed() as asked,
+    ):
         thread.start()
         while thread.is_alive():
             thread.join(0.25)
+            follower.tick()
             progress.tick()
             if asked.is_set() and not (training.folder / STOP_FILE).exists():
                 log.info("%s: asked to stop; the workers finish their step and keep a checkpoint", training.stage)

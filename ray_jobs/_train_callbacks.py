@@ -15,7 +15,7 @@ MAX_FAILURES = 3
 """So many times workers may be lost without a new checkpoint in between; with one, it begins anew."""
 
 
-class EndHopelessRuns(UserCallback):  # type: ignore[misc]
+class EndHopelessRuns(UserCallback):
     """Raising in the controller ends the run, where returning has it start the workers again."""
 
     def __init__(self, error_file: Path, checkpoints: Path) -> None:
@@ -34,7 +34,7 @@ class EndHopelessRuns(UserCallback):  # type: ignore[misc]
             raise RuntimeError(next(iter(worker_exceptions.values())))
 
 
-class TakeSigterm(WorkerGroupCallback):  # type: ignore[misc]
+class TakeSigterm(WorkerGroupCallback):
     """Python takes signals in the main thread, and training runs in another one: only from here can it be reached."""
 
     def after_worker_group_start(self, worker_group: Any) -> None:

@@ -50,11 +50,14 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["num_threads"])
         torch.set_flush_denormal(True)
         from tinyvlm.train.collective import Group
+        from tinyvlm.train.evaluate import evaluate_finished
         from tinyvlm.train.worker import carry_out
 
         group, device = Group(), str(ray.train.torch.get_device())
         wants_to_stop = _wants_to_stop(training.folder / STOP_FILE if group.rank == 0 else None)
         carry_out(training, group, settings["lease_number"], device, _report, wants_to_stop)
+        if group.rank == 0:
+            evaluate_finished(training, device)
     except TinyVLMError as error:
         if isinstance(error, Interrupted) and not (training.folder / STOP_FILE).exists():
             raise RuntimeError(str(error)) from error  # one of many workers has to go: Ray goes on with others

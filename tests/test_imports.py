@@ -25,7 +25,7 @@ FLOORS: list[list[tuple[str, ...]]] = [
         *(("images",), ("chat",), ("labels",), ("architecture",), ("toy.paths", "toy.scenes")),
     ],
     [("model",)],
-    [("generation",), ("data",)],
+    [("generation",), ("data",), ("eval.captions",)],
     [("train",), ("eval",), ("serve",)],
     [("toy",)],
     [("recipes",), ("labels.command",)],
@@ -33,8 +33,8 @@ FLOORS: list[list[tuple[str, ...]]] = [
     [("cli",)],
 ]
 
-WITH_RAY = ("ray_jobs._deployments",)
-"""Decorated with Ray Serve's classes; imported by what deploys them, when it runs."""
+WITH_RAY = ("ray_jobs._deployments", "ray_jobs._train_callbacks")
+"""Made of Ray's own classes; imported by what uses them, when it runs."""
 
 LIGHT = (
     *("tinyvlm", "tinyvlm.errors", "tinyvlm.config", "tinyvlm.schema", "tinyvlm.chat", "tinyvlm.cli", "tinyvlm.report"),

@@ -30,6 +30,7 @@ from tinyvlm.train.optim import rate_factor
 from tinyvlm.train.reading import Window
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
+from tinyvlm.train.shown import ShowConfig
 from tinyvlm.upkeep import verify
 
 torch.set_num_threads(1)
@@ -47,6 +48,7 @@ CONFIG = TrainConfig(
     checkpoint_every_steps=0,
     eval_every_steps=0,
     packs_per_batch=2,
+    show=ShowConfig(trackers=()),
 )
 
 
@@ -333,7 +335,7 @@ def test_a_stage_reads_the_folders_of_all_sources(tmp_path: Path) -> None:
     run_local(run)
     told = json.loads((run.folder / "plan.json").read_text())
     statistics = json.loads((run.folder / "stats.json").read_text())
-    assert statistics["mixture"] == told["mixture"]
+    assert statistics["sections"]["data"]["mixture"] == told["mixture"]
     assert sum(kind["samples"] for kind in told["mixture"]) == told["samples"]
     assert all(kind["samples"] == 0 for kind in told["mixture"] if kind["source"] == "c")
     assert any("upsampled: b/" in said for said in told["remarks"])

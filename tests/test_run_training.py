@@ -24,6 +24,7 @@ from tinyvlm.errors import DataError, Interrupted
 from tinyvlm.train import ledger, metrics
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
+from tinyvlm.train.shown import ShowConfig
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -40,6 +41,7 @@ CONFIG = TrainConfig(
     precision="fp32",
     checkpoint_every_steps=2,
     eval_every_steps=4,
+    show=ShowConfig(trackers=()),
 )
 
 

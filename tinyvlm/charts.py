@@ -28,6 +28,8 @@ WIDTH, HEIGHT = 560, 260
 """Size of a histogram or line chart, in SVG units; bars are as high as they need."""
 
 MAX_BARS, MAX_LABEL = 30, 26
+MAX_TICK = 5
+"""Characters of a number beside an axis."""
 MAX_POINTS = 300
 """Points drawn of one line: more cannot be told apart at this width."""
 
@@ -67,6 +69,19 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
+
+
+def _short_numbers(values: Sequence[float]) -> list[str]:
+    """As `number` writes them; all of them with exponents where one would run into the name of its axis."""
+    texts = [number(value) for value in values]
+    if max(map(len, texts), default=0) <= MAX_TICK or max(map(abs, values)) >= 1:
+        return texts
+    return ["0" if value == 0 else _exponent(value) for value in values]
+
+
+def _exponent(value: float) -> str:
+    factor, _, power = f"{value:.1e}".partition("e")
+    return f"{factor.removesuffix('.0')}e{int(power)}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -264,10 +279,11 @@ class _Frame:
     def axes(self, x_label: str, y_label: str, marks: Sequence[tuple[float, float]] | None = None) -> list[str]:
         """Grid, axis, numbers and names; `marks` are (place, number) where the numbers below are no round ones."""
         parts = []
-        for value in ticks(self.y_low, self.y_high, 4):
+        heights = ticks(self.y_low, self.y_high, 4)
+        for value, text in zip(heights, _short_numbers(heights), strict=True):
             y = self.y(value)
             parts.append(f"<line class='grid' x1='{_LEFT}' x2='{WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
-            parts.append(f"<text class='tick' x='{_LEFT - 8}' y='{y + 4:.1f}' text-anchor='end'>{number(value)}</text>")
+            parts.append(f"<text class='tick' x='{_LEFT - 8}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>")
         base = HEIGHT - _BOTTOM
         parts.append(f"<line class='axis' x1='{_LEFT}' x2='{WIDTH - _RIGHT}' y1='{base}' y2='{base}'/>")
         for place, value in marks or [(value, value) for value in ticks(self.x_low, self.x_high, 6)]:

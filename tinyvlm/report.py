@@ -4,10 +4,11 @@
     all of them and a summary ──run_report──▶ report.html of the whole run
 
 Of the statistics, `statuses` become a bar, a sum and a table with their meanings, `charts` are drawn (charts.py),
-`pictures` are shown, `rows` (label and text) are listed, `sections` (name → statistics, with a `note` and `measured` if
-another run may give other numbers) come below with a heading each, and whatever else is there is listed as it is:
-lists of records and mappings with equal names as tables (behind a click where `folded` has their name), shares in per
-cent, bytes in kB, MB, ….
+`pictures` are shown, `tiles` (label and text) are the few numbers to see first, else what became of rows, `rows` (label
+and text) are listed, `sections` (name → statistics, with a `note` and `measured` if another run may give other numbers)
+come below with a heading each, and whatever else is there is listed as it is: lists of records and mappings with equal
+names as tables (behind a click where `folded` has their name), shares in per cent, bytes in kB, MB, ….  What `hidden`
+names is for programs: `rows` say it in words.
 
 Everything is escaped: host names, captions and details come from strangers.
 """
@@ -31,7 +32,7 @@ MAX_FAMILIES = 5
 
 _SHOWN_APART = (
     *("stage", "rows_in", "rows_out", "statuses", "seconds", "charts", "pictures", "rows"),
-    *("sections", "note", "measured", "folded"),
+    *("sections", "note", "measured", "folded", "hidden", "tiles"),
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*")
 
@@ -76,7 +77,8 @@ def section(statistics: Mapping[str, Any], level: int = 3) -> str:
         parts.append(_table((), [(str(label), str(text)) for label, text in statistics["rows"]]))
     if statistics.get("statuses"):
         parts += [_outcomes(statistics["statuses"]), _sum(statistics), _statuses(statistics["statuses"])]
-    others = {key: value for key, value in statistics.items() if key not in _SHOWN_APART}
+    unseen = {*_SHOWN_APART, *(statistics.get("hidden") or ())}
+    others = {key: value for key, value in statistics.items() if key not in unseen}
     folded = statistics.get("folded") or ()
     charts = [_chart(content) for content in statistics.get("charts") or []]
     shown = f"<div class='charts{'' if len(charts) > 1 else ' one'}'>{''.join(charts)}</div>" if charts else ""
@@ -102,8 +104,10 @@ def _chart(content: Mapping[str, Any]) -> str:
 
 
 def _tiles(statistics: Mapping[str, Any]) -> str:
-    """The few numbers to see first."""
-    tiles: list[tuple[str, str]] = []
+    """The few numbers to see first: those given, else what becomes of rows."""
+    tiles: list[tuple[str, str]] = [(str(label), str(text)) for label, text in statistics.get("tiles") or ()]
+    if tiles:
+        return _drawn_tiles(tiles)
     if "rows_in" in statistics:
         tiles.append(("rows in", number(statistics["rows_in"])))
     if "rows_out" in statistics:
@@ -116,7 +120,11 @@ def _tiles(statistics: Mapping[str, Any]) -> str:
         tiles.append(("time", _duration(float(seconds))))
         if statistics.get("rows_in"):
             tiles.append(("rows / s", number(round(statistics["rows_in"] / seconds, 1))))
-    items = "".join(f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>" for label, value in tiles)
+    return _drawn_tiles(tiles)
+
+
+def _drawn_tiles(tiles: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in tiles)
     return f"<dl class='tiles'>{items}</dl>" if tiles else ""
 
 

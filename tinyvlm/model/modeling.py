@@ -81,6 +81,8 @@ class TinyVLMOutput(ModelOutput):  # type: ignore[misc]
     """(B,T,V), or the last rows of it (`logits_to_keep`); None when labels were given, unless `return_logits`."""
     num_supervised: int | None = None
     """L, how many tokens the loss covers."""
+    token_losses: Tensor | None = None
+    """(L,) float32: of each supervised token, row by row; carries no gradient."""
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -199,9 +201,10 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss, num_supervised, logits = None, None, None
+        loss, num_supervised, token_losses, logits = None, None, None, None
         if labels is not None:
-            loss, num_supervised = self._loss(hidden, labels, loss_reduction)
+            loss, token_losses = self._loss(hidden, labels, loss_reduction)
+            num_supervised = len(token_losses)
         if return_logits or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.language.lm_head(hidden[:, kept])
@@ -209,6 +212,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
             loss=loss,
             logits=logits,
             num_supervised=num_supervised,
+            token_losses=token_losses,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -251,15 +255,19 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
                     field="input_ids",
                 )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor, int]:
-        """Cross-entropy where the next token is supervised; only those rows meet the vocabulary."""
+    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+        """Cross-entropy where the next token is supervised; only those rows meet the vocabulary.
+
+        Returns the mean or sum, and (L,), that of each token.
+        """
         targets = labels[:, 1:]
         supervised = targets != -100
         wanted = targets[supervised]
         rows = hidden[:, :-1][supervised]
-        total = rows.sum() * 0.0 if len(wanted) == 0 else _summed_loss(self.language.lm_head, rows, wanted)
-        count = len(wanted)
-        return (total / max(count, 1) if reduction == "mean" else total), count
+        if len(wanted) == 0:  # still connected to every weight
+            return rows.sum() * 0.0, rows.new_zeros(0, dtype=torch.float32)
+        losses = _token_losses(self.language.lm_head, rows, wanted)
+        return (losses.mean() if reduction == "mean" else losses.sum()), losses.detach()
 
     def prepare_inputs_for_generation(
         self,
@@ -297,19 +305,19 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         return ids, {**expanded, **pictures}
 
 
-def _summed_loss(lm_head: nn.Module, rows: Tensor, wanted: Tensor) -> Tensor:
-    """(L,D), (L,) → sum of the cross-entropies in float32, a chunk of logits at a time."""
+def _token_losses(lm_head: nn.Module, rows: Tensor, wanted: Tensor) -> Tensor:
+    """(L,D), (L,) → (L,), cross-entropies in float32, a chunk of logits at a time."""
 
-    def chunk_loss(chunk: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(lm_head(chunk).float(), targets, reduction="sum")
+    def chunk_losses(chunk: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(lm_head(chunk).float(), targets, reduction="none")
 
     if len(wanted) <= LOSS_CHUNK:
-        return chunk_loss(rows, wanted)
-    total = rows.new_zeros((), dtype=torch.float32)
+        return chunk_losses(rows, wanted)
+    made = []
     for start in range(0, len(wanted), LOSS_CHUNK):
         chunk, targets = rows[start : start + LOSS_CHUNK], wanted[start : start + LOSS_CHUNK]
         if torch.is_grad_enabled():
-            total = total + cast(Tensor, checkpoint(chunk_loss, chunk, targets, use_reentrant=False))
+            made.append(cast(Tensor, checkpoint(chunk_losses, chunk, targets, use_reentrant=False)))
         else:
-            total = total + chunk_loss(chunk, targets)
-    return total
+            made.append(chunk_losses(chunk, targets))
+    return torch.cat(made)

@@ -63,6 +63,8 @@ class Batch:
     """Of each row: tokens that are not padding, and pictures"""
     packs: tuple[Pack, ...] = ()
     """What the plan calls each row; its last ones may be shorter, where a sample could not be read and was left out"""
+    kinds: Tensor | None = None
+    """(L,) int64, the kind of each supervised token, row by row (kinds.py); None where they are not told apart"""
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -93,7 +95,8 @@ class Batch:
         pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
-        return Batch(ids, positions, labels, pixels, self.sizes, self.packs)
+        kinds = None if self.kinds is None else self.kinds.to(device, non_blocking=True)
+        return Batch(ids, positions, labels, pixels, self.sizes, self.packs, kinds)
 
 
 def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:

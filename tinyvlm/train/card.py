@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import tinyvlm
-from tinyvlm.train.run import TrainingRun
+from tinyvlm.train.report import Account, facts
 
 
-def model_card(run: TrainingRun, numbers: Mapping[str, Any], parameters: Mapping[str, Mapping[str, int]]) -> str:
+def model_card(account: Account) -> str:
     """Markdown with the front matter that the Hugging Face hub reads."""
+    run, parameters = account.run, account.result["parameters"]
     config, model = run.config, run.recipe.get("model", {})
     total = sum(count["all"] for name, count in parameters.items() if name != "new_tokens")
     rates = {name: getattr(config.rates, name) for name in ("vision", "connector", "language", "new_tokens")}
-    rows = "\n".join(
+    hot = "\n".join(
         f"| {name} | {count['all']:,} | {count['hot']:,} | {f'{rates[name]:g}' if count['hot'] else 'frozen'} |"
         for name, count in parameters.items()
     )
-    origin = "the model of the stage before" if run.init else "the parts named above, with a new connector"
-    held_out = numbers["held_out_loss"]
+    rule = [
+        ("optimizer, precision", f"{config.optimizer}, {config.precision}"),
+        ("schedule", f"{config.schedule} after {config.warmup_steps} warm-up steps"),
+        ("seed", str(config.seed)),
+    ]
+    told = "\n".join(f"| {name} | {_cell(text)} |" for name, text in [*rule, *facts(account)])
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -43,19 +45,15 @@ processor = AutoProcessor.from_pretrained(".")
 
 | module | parameters | of them hot | peak learning rate |
 |---|---|---|---|
-{rows}
+{hot}
 
 | | |
 |---|---|
-| started from | {origin} |
-| conversations | {config.mixture} |
-| samples seen | {numbers["samples_seen"]:,} in {numbers["steps"]:,} steps ({numbers["tokens_seen"]:,} tokens) |
-| optimizer, precision | {config.optimizer}, {config.precision} |
-| schedule | {config.schedule} after {config.warmup_steps} warm-up steps |
-| loss at the end | {numbers["last_loss"]} |
-| held-out loss | {"not measured" if held_out is None else held_out} |
-| seed | {config.seed} |
+{told}
 
-Data: `{run.inputs["prepare"][:12]}`. Run: `{run.fingerprint[:12]}`. TinyVLM {tinyvlm.__version__}. All settings are in
-`recipe.json`, all inputs and numbers in `training.json`.
+TinyVLM {tinyvlm.__version__}. All settings are in `recipe.json`, all inputs and numbers in `training.json`.
 """
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("  ", ", ")

@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ def _write(path: Path, state: State) -> tuple[str, int]:
     with storage.writing(path) as file:
         hashing = _Hashing(file)
         try:
-            torch.save(state, hashing)
+            torch.save(state, cast(Any, hashing))
         except RuntimeError as error:  # what torch makes of any error in the middle of a file
             raise hashing.failure or error from None
     return hashing.digest.hexdigest(), hashing.size

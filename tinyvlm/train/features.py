@@ -47,12 +47,16 @@ class FrozenTower:
     def __init__(self, model: Any, max_bytes: int) -> None:
         self._model = model
         self._features: Cache[Tensor] = Cache(max_bytes)
+        self.num_asked = self.num_encoded = 0
+        """Pictures so far, and those of them that went through the tower."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(N,S,S,3) uint8 → (N,K,Dv)."""
         keys = [hashlib.blake2b(picture.cpu().numpy().data, digest_size=16).digest() for picture in pixels]
         known = {key: features for key in keys if (features := self._features.get(key)) is not None}
         missing = {key: place for place, key in enumerate(keys) if key not in known}
+        self.num_asked += len(keys)
+        self.num_encoded += len(missing)
         if missing:
             device = next(self._model.parameters()).device
             with torch.no_grad():

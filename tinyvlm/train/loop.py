@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,10 @@ from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
+from tinyvlm.train.flops import FlopCounter
 from tinyvlm.train.freeze import FreezePolicy
+from tinyvlm.train.kinds import Kinds, LossSums, Tally
+from tinyvlm.train.meter import Meter
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
 from tinyvlm.train.plan import Pack, Plan
@@ -54,6 +57,8 @@ class Hooks:
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_held_out: Callable[[int, float, float], None] = lambda step, loss, seconds: None
     """Steps done, loss, seconds that measuring took."""
+    on_sources: Callable[[int, str, LossSums], None] = lambda step, split, sums: None
+    """Steps done, "train" or "held_out", the loss of each kind."""
     save: Callable[[int, State], None] = lambda step, state: None
     """Keep a checkpoint of `step` steps done; the state's tensors change as soon as this returns."""
     settle: Callable[[], None] = lambda: None
@@ -77,6 +82,10 @@ class Work:
     config: TrainConfig
     pad_token_id: int
     new_token_ids: Sequence[int] = ()
+    kinds: Kinds | None = None
+    """Tells samples of the plans apart, for the loss of each source; None tells none apart."""
+    peak_flops: float = 0.0
+    """Matrix rate of all workers' devices, operations a second, for MFU; 0 where nobody measured."""
     hooks: Hooks = field(default_factory=Hooks)
 
 
@@ -97,6 +106,10 @@ class Trainer:
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
         self.tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
         self.steps_done = self.skipped = self._skipped_in_a_row = 0
+        names = work.kinds.names if work.kinds else []
+        self.tally, self.held_out_tally = Tally(names, self.device), Tally(names, self.device)
+        counter = FlopCounter(model.config, self.config.rates)
+        self.meter = Meter(self.device, counter, work.peak_flops, self.tower)
 
     def run(self, state: State | None = None) -> None:
         """Carry the plan out, from its start or from a checkpoint's state.
@@ -110,10 +123,13 @@ class Trainer:
         self.model.train()
         hooks, num_steps = self.work.hooks, self.work.plan.num_steps
         every_save, every_eval = self.config.checkpoint_every_steps, self.config.eval_every_steps
+        every_sources = self.config.show.sources_every_steps
         hooks.on_start(self.steps_done, self._updates(), self.skipped)
         for batches, waited in self._stream(self.work.plan, self.steps_done):
             shall_stop = self._step(batches, waited)
             is_last = self.steps_done == num_steps
+            if every_sources and (is_last or self.steps_done % every_sources == 0):
+                self._tell_sources("train", self.tally)
             is_measured = is_last or (every_eval and self.steps_done % every_eval == 0)
             loss = self._held_out() if is_measured else None  # before saving, so that no resume leaves it out
             if not is_last and (shall_stop or (every_save and self.steps_done % every_save == 0)):
@@ -165,6 +181,8 @@ class Trainer:
         step, started = self.steps_done, time.perf_counter()
         self.work.hooks.entering(step, batches)
         seed_step(self.config.seed, step, self.collective.rank)
+        self.meter.start()
+        self.tally.begin()
         self.gradients.clear()
         losses = []
         for batch in batches:
@@ -184,6 +202,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
         self.optimizer.step()
+        self.tally.keep()
         self.steps_done = step + 1
         seconds = waited + time.perf_counter() - started
         self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
@@ -200,6 +219,9 @@ class Trainer:
                 loss_reduction="sum",
                 use_cache=False,
             )
+        if batch.kinds is not None:
+            tally = self.tally if self.model.training else self.held_out_tally
+            tally.add(output.token_losses, batch.kinds)
         return output.loss, output.num_supervised
 
     def _pictures(self, batch: Batch) -> dict[str, torch.Tensor | None]:
@@ -234,20 +256,30 @@ class Trainer:
         for one in groups:
             loaded = [(pack, samples) for pack in one if (samples := self.work.source.load(pack, at))]
             if loaded:
-                planned, packs = zip(*loaded, strict=True)
-                made.append(assemble(packs, self.work.pad_token_id, planned))
+                made.append(self._batch(*zip(*loaded, strict=True)))
         if self.config.ledger and at is not None:
             for batch in made:
                 batch.digests  # noqa: B018 (made here, in the thread that has time)
         return made
 
+    def _batch(self, packs: Sequence[Pack], samples: Sequence[Sequence[Sample]]) -> Batch:
+        batch, kinds = assemble(samples, self.work.pad_token_id, packs), self.work.kinds
+        return batch if kinds is None else replace(batch, kinds=kinds.of_tokens(packs, samples))
+
     def _held_out(self) -> float | None:
         started = time.perf_counter()
+        self.held_out_tally.begin()
         loss = self.held_out_loss()
-        if math.isnan(loss):
-            return None
-        self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
-        return loss
+        if not math.isnan(loss):
+            self.work.hooks.on_held_out(self.steps_done, loss, time.perf_counter() - started)
+        self.held_out_tally.keep()
+        self._tell_sources("held_out", self.held_out_tally)
+        return None if math.isnan(loss) else loss
+
+    def _tell_sources(self, split: str, tally: Tally) -> None:
+        """A meeting of all workers, each of which calls its hook."""
+        if self.work.kinds is not None and (sums := tally.take(self.collective)).any:
+            self.work.hooks.on_sources(self.steps_done, split, sums)
 
     def _bad_step(self, bad: BadStep) -> None:
         """Keep it for replay, then skip it or raise; all workers do the same, for loss and norm are the same for all.
@@ -305,4 +337,5 @@ class Trainer:
             pictures=sum(item.pictures for item in items),
             seconds=seconds,
             data_wait_s=waited,
+            **self.meter.step(items, seconds),
         )

@@ -1,10 +1,12 @@
 """The numbers of a run: `metrics.jsonl`, one line a step, only ever appended to.
 
-    {"attempt": 1, "workers": 2, …}                  each start of the run
+    {"attempt": 1, "workers": 2, "device": …}         each start of the run
     {"step": 1, "loss": …, "rates": {…}, …}          each step; of those that a resume repeated, the last one counts
-    {"step": 20, "held_out_loss": …}                  each evaluation
+    {"step": 10, "split": "train", "sources": {…}}   loss of each source and family since the last such line
+    {"step": 20, "held_out_loss": …}                  each held-out loss, and beside it one with "split": "held_out"
 
-Goodput is the share of working time that advanced the plan: seconds in steps that count ÷ seconds of all attempts.
+Goodput is the share of working time that advanced the plan: seconds in steps that count ÷ seconds of all attempts,
+each from its start (before lengths are measured and weights loaded) to its last line.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,25 +41,51 @@ class StepRecord:
     seconds: float
     data_wait_s: float
     """Part of `seconds` that worker 0 waited for samples."""
+    flops: dict[str, float] | None = None
+    """Operations that the step needs, by part of the model (flops.py)."""
+    mfu: float | None = None
+    """Of the matrix rate of all workers' devices, the share that `flops` took."""
+    memory_bytes: int = 0
+    """Resident memory of worker 0."""
+    device_bytes: int = 0
+    """The most that worker 0 has had allocated on its GPU."""
+    joules: float | None = None
+    """Energy of worker 0's GPU since the step before, by NVML."""
     time: float = field(default_factory=time.time)
 
 
 class MetricsFile:
     """The open `metrics.jsonl` of a run."""
 
-    def __init__(self, path: Path, workers: int) -> None:
+    def __init__(
+        self, path: Path, workers: int, about: Mapping[str, Any] | None = None, started: float | None = None
+    ) -> None:
+        """`about`: what else is to be known of this attempt; `started`: when it began, by `time.time`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
         self._file: TextIO = path.open("a")
         self._is_full = False
         if cut_off:
             self._file.write("\n")
-        attempt = len(read(path).attempts) + 1
-        self._write({"attempt": attempt, "time": time.time(), "workers": workers, "pid": os.getpid()})
+        before = read(path)
+        self._before_s, self._useful_s = before.seconds, {line["step"]: line["seconds"] for line in before.steps}
+        self._started = started or time.time()
+        self._sum_s: float | None = None
+        line = {"attempt": len(before.attempts) + 1, "time": self._started, "workers": workers, "pid": os.getpid()}
+        self._write({**line, **(about or {})})
 
     def step(self, record: StepRecord) -> None:
         """Note one step."""
-        self._write({name: _short(value) for name, value in asdict(record).items()})
+        if self._sum_s is None:  # the first one of this attempt: those before it count
+            self._sum_s = sum(seconds for step, seconds in self._useful_s.items() if step < record.step)
+        self._sum_s += record.seconds
+        whole_s = self._before_s + record.time - self._started
+        line = {name: _short(value) for name, value in asdict(record).items() if value is not None}
+        self._write({**line, "goodput": _short(min(1.0, self._sum_s / max(whole_s, 1e-9)))})
+
+    def sources(self, step: int, split: str, told: Mapping[str, Any]) -> None:
+        """Note the loss of each source and family ("train" or "held_out"), as `LossSums.told` gives it."""
+        self._write({"step": step, "split": split, **_short(told), "time": time.time()})
 
     def held_out(self, step: int, loss: float, seconds: float) -> None:
         """Note a held-out loss, measured after `step` steps."""
@@ -90,13 +119,36 @@ class Metrics:
     held_out: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
     attempts: list[dict[str, Any]]
-    seconds: float
-    """Working time of all attempts, from each one's start to its last line."""
+    sources: dict[str, list[dict[str, Any]]]
+    """Of each split, the lines with the loss of each source."""
+    attempt_seconds: list[float]
+    """Working time of each attempt, from its start to its last line."""
+
+    @property
+    def seconds(self) -> float:
+        """Working time of all attempts."""
+        return sum(self.attempt_seconds)
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Operations of the steps that count, by part of the model."""
+        sums: dict[str, float] = {}
+        for line in self.steps:
+            for part, value in line.get("flops", {}).items():
+                sums[part] = sums.get(part, 0.0) + value
+        return sums
 
     @property
     def step_seconds(self) -> float:
         """Time in the steps that count."""
         return float(sum(line["seconds"] for line in self.steps))
+
+    @property
+    def mfu(self) -> float | None:
+        """Over all steps that count, each weighted by its time; None where no rate is known."""
+        known = [line for line in self.steps if line.get("mfu") is not None]
+        seconds = sum(line["seconds"] for line in known)
+        return sum(line["mfu"] * line["seconds"] for line in known) / seconds if seconds else None
 
     def summary(self) -> dict[str, Any]:
         """Totals and rates."""
@@ -113,7 +165,9 @@ class Metrics:
             **{f"{name}_seen": total for name, total in totals.items()},
             "samples_per_s": round(totals["samples"] / seconds, 1),
             "tokens_per_s": round(totals["tokens"] / seconds, 1),
+            "supervised_per_s": round(totals["supervised"] / seconds, 1),
             "pictures_per_s": round(totals["pictures"] / seconds, 1),
+            "mfu": _rounded(self.mfu),
             "data_wait": round(sum(line["data_wait_s"] for line in self.steps) / seconds, 4),
             "goodput": round(self.step_seconds / self.seconds, 4) if self.seconds else None,
         }
@@ -124,28 +178,40 @@ def read(path: Path) -> Metrics:
     steps: dict[int, dict[str, Any]] = {}
     held_out: dict[int, dict[str, Any]] = {}
     skipped: dict[int, dict[str, Any]] = {}
+    sources: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "held_out": {}}
     attempts: list[dict[str, Any]] = []
-    seconds, started, latest = 0.0, 0.0, 0.0
+    seconds: list[float] = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
         if "attempt" in line:
-            seconds += latest - started
-            started = line["time"]
             attempts.append(line)
+            seconds.append(0.0)
         elif "held_out_loss" in line:
             held_out[line["step"]] = line
         elif "skipped" in line:
             skipped[line["skipped"]] = line
-        else:
+        elif "split" in line:
+            sources[line["split"]][line["step"]] = line
+        elif "rates" in line:
             steps[line["step"]] = line
-        latest = line["time"]
-    by_step = [steps[step] for step in sorted(steps)]
-    by_held_out, by_skipped = ([lines[step] for step in sorted(lines)] for lines in (held_out, skipped))
-    return Metrics(by_step, by_held_out, by_skipped, attempts, seconds + latest - started)
+        if attempts:
+            seconds[-1] = line["time"] - attempts[-1]["time"]
+    last = {split: _in_order(lines) for split, lines in sources.items()}
+    return Metrics(_in_order(steps), _in_order(held_out), _in_order(skipped), attempts, last, seconds)
+
+
+def _in_order(lines: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [lines[step] for step in sorted(lines)]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _short(item) for name, item in value.items()}
     return float(f"{value:.7g}") if isinstance(value, float) and value < 1e8 else value

@@ -195,7 +195,7 @@ def build(lengths: pa.Table, config: TrainConfig) -> Plan:
         ConfigError: the mixture names what is not there; more steps are wanted than the epochs give; or a conversation
             has more pictures than a pack may hold.
     """
-    kinds, codes = _kinds(lengths)
+    kinds, codes = kinds_of(lengths)
     in_split, usable = _usable(lengths, config, "train")
     chosen = mixture.quotas(_count(kinds, codes[in_split]), _count(kinds, codes[usable]), config.mixture)
     taken = [quota for quota in chosen if quota.samples]
@@ -223,7 +223,7 @@ def build(lengths: pa.Table, config: TrainConfig) -> Plan:
 
 def build_validation(lengths: pa.Table, config: TrainConfig) -> Plan:
     """Held-out conversations of the same entries, at most `max_validation`, each once, in one fixed order."""
-    kinds, codes = _kinds(lengths)
+    kinds, codes = kinds_of(lengths)
     wanted = np.array([mixture.takes(kind, config.mixture) for kind in kinds], bool)
     rows = np.flatnonzero(_usable(lengths, config, "validation")[1] & wanted[codes])
     rows = np.sort(np.random.default_rng([config.seed, 0]).permutation(rows)[: config.max_validation])
@@ -235,7 +235,7 @@ def build_validation(lengths: pa.Table, config: TrainConfig) -> Plan:
 
 def count_statuses(lengths: pa.Table, config: TrainConfig) -> dict[str, int]:
     """How many training conversations of this stage's entries are usable, and why the others are not."""
-    kinds, codes = _kinds(lengths)
+    kinds, codes = kinds_of(lengths)
     wanted = np.array([mixture.takes(kind, config.mixture) for kind in kinds], bool)
     statuses, status = _names(lengths["status"])
     mine = _is(lengths["split"], "train") & wanted[codes]
@@ -275,7 +275,7 @@ def _usable(lengths: pa.Table, config: TrainConfig, split: str) -> tuple[npt.NDA
     return in_split, in_split & _is(lengths["status"], schema.OK) & fits
 
 
-def _kinds(lengths: pa.Table) -> tuple[list[Kind], Numbers]:
+def kinds_of(lengths: pa.Table) -> tuple[list[Kind], Numbers]:
     """All sources with all families, and the number of each row's."""
     sources, source = _names(lengths["source"])
     families, family = _names(lengths["family"])

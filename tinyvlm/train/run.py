@@ -6,6 +6,8 @@
         metrics.jsonl                                       one line a step
         warnings.log                                        what the workers warned of
         ledger/, bad-steps/                                 what entered the model; steps whose loss was no number
+        evaluations/step-….json, samples.json               BLEU of checkpoints, the finished model's answers
+        tensorboard/, wandb/                                the same for those who look there
         model/                                              the result, a Hugging Face folder with its card
         result.json                                         the workers are done
         stats.json, report.html, manifest.json              closed (see folders.py)
@@ -27,9 +29,8 @@ from typing import Any
 import tinyvlm
 from tinyvlm import config as settings
 from tinyvlm.errors import StageError
-from tinyvlm.folders import Manifest, close_folder, find_folder, find_folders, git_commit, point_latest
+from tinyvlm.folders import Manifest, close_folder, find_folder, find_folders, git_commit, point_latest, write_atomic
 from tinyvlm.storage import require_disk
-from tinyvlm.train import metrics
 from tinyvlm.train.settings import TrainConfig
 
 VERSION = 1
@@ -96,24 +97,12 @@ class TrainingRun:
             result = json.loads((self.folder / "result.json").read_text())
         except (OSError, json.JSONDecodeError):
             raise StageError(f"{self.stage} left no model in {self.folder}; run the same command again.") from None
-        numbers = metrics.read(self.folder / "metrics.jsonl")
-        statuses = result["statuses"]
-        rows = sum(statuses.values())
-        statistics = {
-            "stage": self.stage,
-            "rows_in": rows,
-            "rows_out": rows,
-            "statuses": statuses,
-            "seconds": round(seconds, 2),
-            **numbers.summary(),
-            "parameters": result["parameters"],
-            "plan": result["plan"],
-            "mixture": result["mixture"],
-            "remarks": result["remarks"],
-            "planned_reading": result["planned_reading"],
-            "reading": result["reading"],
-            "charts": charts(numbers),
-        }
+        from tinyvlm.train import card, report
+
+        account = report.Account.of(self, result)
+        statistics = report.statistics(account, seconds)
+        write_atomic(self.folder / "model" / "README.md", card.model_card(account))
+        statuses, rows = result["statuses"], statistics["rows_in"]
         manifest = Manifest(
             stage=self.stage,
             version=VERSION,
@@ -123,12 +112,20 @@ class TrainingRun:
             rows_in=rows,
             rows_out=rows,
             statuses=statuses,
-            files={f"model/{name}": _describe(self.folder / "model" / name) for name in result["files"]},
+            files={
+                f"model/{name}": _describe(self.folder / "model" / name)
+                for name in sorted({*result["files"], "README.md"})
+            },
             seconds=round(seconds, 2),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             tinyvlm_version=tinyvlm.__version__,
             git_commit=git_commit(),
-            extra={"model": "model", "metrics": numbers.summary(), "frozen": result["frozen"], "plan": result["plan"]},
+            extra={
+                "model": "model",
+                "metrics": account.numbers.summary(),
+                "frozen": result["frozen"],
+                "plan": result["plan"],
+            },
         )
         close_folder(self.folder, manifest, statistics)
         point_latest(Path(self.root), self.stage, self.folder)
@@ -175,46 +172,12 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def charts(numbers: metrics.Metrics) -> list[dict[str, Any]]:
-    """Curves for the report."""
-    steps = _thinned(numbers.steps)
-    at = [line["step"] for line in steps]
-    held_out = numbers.held_out
-    loss = {"training": {"x": at, "y": _smooth([line["loss"] for line in steps])}}
-    if held_out:
-        loss["held out"] = {"x": [line["step"] for line in held_out], "y": [line["held_out_loss"] for line in held_out]}
-    modules = steps[0]["rates"] if steps else {}
-    rates = {name: {"x": at, "y": [line["rates"][name] for line in steps]} for name in modules}
-    norms = [line["gradient_norm"] for line in steps]
-    speed = [line["tokens"] / max(line["seconds"], 1e-9) for line in steps]
-    return [
-        _line("Loss", "loss per supervised token", loss),
-        _line("Learning rate", "learning rate", rates),
-        _line("Throughput", "tokens per second", {"tokens": {"x": at, "y": _smooth(speed)}}),
-        _line("Gradient", "norm before clipping", {"gradient": {"x": at, "y": norms}}),
-    ]
-
-
-def _line(title: str, y_label: str, series: dict[str, Any]) -> dict[str, Any]:
-    return {"kind": "line", "title": title, "x_label": "step", "y_label": y_label, "series": series}
-
-
-def _thinned(lines: list[dict[str, Any]], most: int = 400) -> list[dict[str, Any]]:
-    return lines[:: max(1, -(-len(lines) // most))]
-
-
-def _smooth(values: list[float], share: float = 0.2) -> list[float]:
-    """Running mean in which the newest value has the weight `share`."""
-    smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else smooth[-1] + share * (value - smooth[-1]))
-    return [round(value, 6) for value in smooth]
-
-
 def run_local(run: TrainingRun) -> Manifest:
     """Carry a training stage out in this process; the same folder comes out as over Ray, up to rounding."""
     from tinyvlm.lease import Lease
     from tinyvlm.train.collective import Alone
+    from tinyvlm.train.evaluate import Subprocess, evaluate_finished
+    from tinyvlm.train.follow import followed, shown
     from tinyvlm.train.stopping import sigterm_noticed
     from tinyvlm.train.worker import carry_out
 
@@ -223,6 +186,11 @@ def run_local(run: TrainingRun) -> Manifest:
     started = time.perf_counter()
     with Lease.take(run.folder) as lease:
         if not run.is_trained:
-            with sigterm_noticed() as asked:
+            with (
+                shown(run, lambda checkpoint: Subprocess(run, checkpoint)) as follower,
+                followed(follower),
+                sigterm_noticed() as asked,
+            ):
                 carry_out(run, Alone(), lease.number, wants_to_stop=asked.is_set)
+                evaluate_finished(run)
         return run.finish(time.perf_counter() - started)

@@ -8,6 +8,7 @@ from typing import Literal
 from tinyvlm.config import speed
 from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import ConfigError
+from tinyvlm.train.shown import ShowConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ class TrainConfig:
     """Memory of each worker for encoded samples."""
     feature_cache_mib: int = speed(0)
     """Memory of each worker for what a frozen vision tower made of pictures; they come again if epochs are many."""
+    show: ShowConfig = speed(ShowConfig())  # noqa: RUF009 (frozen)
+    """What the run shows of itself, and where."""
 
     def __post_init__(self) -> None:
         at_least_one = (

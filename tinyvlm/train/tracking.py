@@ -1,7 +1,15 @@
 """Where a run's numbers go besides `metrics.jsonl`: TensorBoard's files, and wandb.
 
-    a line of numbers ──queue──▶ a thread ──▶ {folder}/tensorboard/events.…      (tensorboardX)
-                                         └──▶ wandb: online with a key, else {folder}/wandb/offline-run-…
+    a line of metrics.jsonl, an evaluation ──named──▶ numbers ──queue──▶ a thread
+        ──▶ {folder}/tensorboard/events.…      (tensorboardX)
+        └─▶ wandb: online with a key, else {folder}/wandb/offline-run-…
+
+One process feeds them, the one that follows the run (follow.py), not the workers.  The names of numbers, which stay:
+
+    train/loss · train/loss/{source} · train/family_loss/{family} · train/gradient_norm · train/learning_rate/{module}
+    held_out/loss · held_out/loss/{source} · held_out/family_loss/{family} · held_out/bleu_{1…4}
+    speed/{tokens,samples,supervised,pictures}_per_s · speed/step_s · speed/data_wait · speed/mfu · speed/goodput
+    memory/process_bytes · memory/device_bytes
 
 Nothing of this may slow or stop training: a full queue drops lines, a tracker that fails is told about once and left
 out, and closing waits for a limited time.  Neither package is needed; one that is missing is left out too.
@@ -14,9 +22,11 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from tinyvlm.train.shown import TRACKERS
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +66,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of wandb, whose id is the training run's, so that a resumed run goes on where it was."""
+    """A run of wandb, whose id is the training run's, so that a resumed run goes on where it was.
+
+    Numbers are drawn over `step`, a number like the others: wandb's own count of lines only grows, and would drop steps
+    that a resume repeats and evaluations that come late.
+    """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         import wandb
@@ -73,9 +87,12 @@ class Wandb:
             settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off", x_disable_stats=False),
         )
 
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """One line."""
-        self._run.log(dict(numbers), step=step)
+        self._run.log({**numbers, "step": step})
 
     def close(self) -> None:
         """Finish the run."""
@@ -145,6 +162,41 @@ class Tracking:
             self._trackers.pop(name, None)
 
 
-def open_tracking(folder: Path, project: str, name: str, config: Mapping[str, Any]) -> Tracking:
-    """TensorBoard's files and wandb for a run's folder."""
-    return Tracking({"TensorBoard": lambda: TensorBoard(folder), "wandb": lambda: Wandb(folder, project, name, config)})
+def open_tracking(
+    folder: Path, project: str, name: str, config: Mapping[str, Any], trackers: Sequence[str] = TRACKERS
+) -> Tracking:
+    """The named trackers for a run's folder."""
+    openers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folder),
+        "wandb": lambda: Wandb(folder, project, name, config),
+    }
+    return Tracking({tracker: openers[tracker] for tracker in trackers})
+
+
+def named(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl, or of an evaluation, under the names that trackers show."""
+    if "split" in line:
+        kinds = (("loss", line["sources"]), ("family_loss", line["families"]))
+        return {f"{line['split']}/{word}/{name}": told["loss"] for word, names in kinds for name, told in names.items()}
+    if "held_out_loss" in line:
+        return {"held_out/loss": line["held_out_loss"]}
+    if "bleu" in line:
+        return {f"held_out/bleu_{order}": score for order, score in enumerate(line["bleu"], 1)}
+    return _of_step(line) if "rates" in line else {}
+
+
+def _of_step(line: Mapping[str, Any]) -> dict[str, float]:
+    seconds = line["seconds"] or 1e-9
+    told = {
+        "train/loss": line["loss"],
+        "train/gradient_norm": line["gradient_norm"],
+        **{f"train/learning_rate/{module}": rate for module, rate in line["rates"].items()},
+        **{f"speed/{name}_per_s": line[name] / seconds for name in ("tokens", "samples", "supervised", "pictures")},
+        "speed/step_s": line["seconds"],
+        "speed/data_wait": line["data_wait_s"] / seconds,
+        "speed/mfu": line.get("mfu"),
+        "speed/goodput": line.get("goodput"),
+        "memory/process_bytes": line.get("memory_bytes"),
+        "memory/device_bytes": line.get("device_bytes"),
+    }
+    return {name: float(value) for name, value in told.items() if value is not None}

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -36,11 +37,12 @@ from tinyvlm.lease import Lease
 from tinyvlm.model import ModelConfig, TinyVLMProcessor, build, load
 from tinyvlm.train import bad_steps, checkpoint, metrics, plan
 from tinyvlm.train.bad_steps import BadStep
-from tinyvlm.train.card import model_card
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.data import Conversations, data_files, measure
+from tinyvlm.train.kinds import Kinds, LossSums
 from tinyvlm.train.ledger import Ledger
 from tinyvlm.train.loop import Hooks, Trainer, Work
+from tinyvlm.train.meter import device_rate
 from tinyvlm.train.reading import Window, group_sizes, reading
 from tinyvlm.train.run import WARNINGS_FILE, TrainingRun
 
@@ -78,12 +80,16 @@ def _carry_out(
     on_held_out: Callable[[int, float], None],
     wants_to_stop: Callable[[], bool],
 ) -> None:
+    started = time.time()
     torch.manual_seed(run.config.seed)
     model, processor = start_model(run)
     lengths = _measure(run, processor, collective)
     training, validation = _plans(run, lengths, collective)
     state = _agreed_state(run, training, collective, device)
-    numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if collective.rank == 0 else None
+    peak, about = _devices(collective, torch.device(device))
+    numbers = None
+    if collective.rank == 0:
+        numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world, about, started)
     config = run.config
     source = Conversations(
         data_files(map(Path, run.prepare)),
@@ -106,6 +112,8 @@ def _carry_out(
         config=config,
         pad_token_id=processor.pad_id,
         new_token_ids=processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)),
+        kinds=Kinds(_read_lengths(lengths)) if config.show.sources_every_steps else None,
+        peak_flops=peak,
         hooks=hooks,
     )
     trainer = Trainer(model.to(device), work, collective)
@@ -142,6 +150,15 @@ def _warnings_kept(path: Path, rank: int) -> Iterator[None]:
         handler.close()
 
 
+def _devices(collective: Collective, device: torch.device) -> tuple[float, dict[str, Any]]:
+    """Matrix rate of all workers' devices together, and what metrics.jsonl says of them."""
+    rate = device_rate(device)
+    total = torch.tensor([rate.flops], dtype=torch.float64, device=device)
+    collective.sum(total)
+    peak = float(total[0])
+    return peak, {"device": rate.device, "peak_flops": peak, "peak_source": rate.source}
+
+
 def start_model(run: TrainingRun) -> tuple[Any, TinyVLMProcessor]:
     """The model that the stage starts from, in float32, the same on every worker."""
     if run.init:
@@ -161,6 +178,9 @@ def _writing_hooks(run: TrainingRun, numbers: metrics.MetricsFile, lease_number:
         told.on_bad_step(bad)
         numbers.skipped(bad.step, bad.loss, bad.norm)
 
+    def sources(step: int, split: str, sums: LossSums) -> None:
+        numbers.sources(step, split, sums.told())
+
     config, root = run.config, checkpoint.root_of(run.folder, run.config.checkpoints_at)
     checkpoint.clear(root)
     writer = checkpoint.Writer(
@@ -173,6 +193,7 @@ def _writing_hooks(run: TrainingRun, numbers: metrics.MetricsFile, lease_number:
         told,
         on_step=numbers.step,
         on_held_out=held_out,
+        on_sources=sources,
         on_bad_step=bad_step,
         save=writer.save,
         settle=writer.finish,
@@ -294,16 +315,14 @@ def _leave_result(
     trainer.model.save_pretrained(temporary)
     source.processor.save_pretrained(temporary)
     numbers = metrics.read(run.folder / "metrics.jsonl").summary()
-    parameters = trainer.policy.counts()
     (temporary / "recipe.json").write_text(json.dumps(dict(run.recipe), indent=2))
     training = {"stage": run.stage, "fingerprint": run.fingerprint, "inputs": dict(run.inputs), "metrics": numbers}
     (temporary / "training.json").write_text(json.dumps(training, indent=2))
-    (temporary / "README.md").write_text(model_card(run, numbers, parameters))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     result = {
         "statuses": plan.count_statuses(_read_lengths(lengths), run.config),
-        "parameters": parameters,
+        "parameters": trainer.policy.counts(),
         "frozen": dict(frozen),
         "plan": trainer.work.plan.summary(),
         "mixture": trainer.work.plan.mixture,
