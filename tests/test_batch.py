@@ -123,7 +123,7 @@ def test_pictures_stand_in_the_order_of_their_tokens(parts: Parts) -> None:
     wanted = np.concatenate([each[3].pixels, each[1].pixels, each[0].pixels])
     torch.testing.assert_close(batch.pixel_values, processor.collate([each[3], each[1], each[0]])["pixel_values"])
     assert batch.pixels is not None
-    swapped = Batch(batch.input_ids, batch.position_ids, batch.labels, batch.pixels.flip(0))
+    swapped = dataclasses.replace(batch, pixels=batch.pixels.flip(0))
     assert abs(loss_of(model, batch)[0] - loss_of(model, swapped)[0]) > 1e-3
     assert len(wanted) == len(batch.pixel_values)
 

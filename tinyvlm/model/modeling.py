@@ -159,6 +159,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        supervised: Tensor | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         return_logits: bool | None = None,
         use_cache: bool | None = None,
@@ -176,6 +177,8 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
                 `attention_mask` and no cache.
             labels: (B,T), not shifted: the token that should stand here, or -100.  The first token of a packed
                 sample must be -100, else the sample before it would be asked to guess it.
+            supervised: (L,), which tokens of the flattened batch are followed by a labelled one.  Finding them in
+                `labels` makes an accelerator wait, so who knows them says them.
             loss_reduction: "mean" or "sum" over the supervised tokens.
             return_logits: give logits although there are labels.
             logits_to_keep: only the logits of the last so many tokens; 0 means all.
@@ -201,7 +204,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         hidden = outputs.last_hidden_state
         loss, num_supervised, logits = None, None, None
         if labels is not None:
-            loss, num_supervised = self._loss(hidden, labels, loss_reduction)
+            loss, num_supervised = self._loss(hidden, labels, supervised, loss_reduction)
         if return_logits or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.language.lm_head(hidden[:, kept])
@@ -251,12 +254,15 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
                     field="input_ids",
                 )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor, int]:
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, supervised: Tensor | None, reduction: str
+    ) -> tuple[Tensor, int]:
         """Cross-entropy where the next token is supervised; only those rows meet the vocabulary."""
-        targets = labels[:, 1:]
-        supervised = targets != -100
-        wanted = targets[supervised]
-        rows = hidden[:, :-1][supervised]
+        if supervised is None:
+            before = F.pad(labels[:, 1:], (0, 1), value=-100)
+            supervised = (before != -100).flatten().nonzero().squeeze(1)
+        rows = hidden.flatten(0, 1).index_select(0, supervised)
+        wanted = labels.flatten().index_select(0, supervised + 1)
         total = rows.sum() * 0.0 if len(wanted) == 0 else _summed_loss(self.language.lm_head, rows, wanted)
         count = len(wanted)
         return (total / max(count, 1) if reduction == "mean" else total), count

@@ -13,7 +13,7 @@ Shapes: B packs, T tokens of the longest pack, N pictures of all packs, S side o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +56,10 @@ class Batch:
     """(B,T) int64, IGNORED where nothing is learned"""
     pixels: Tensor | None
     """(N,S,S,3) uint8, pictures in the order in which their tokens stand, row by row; None without any"""
+    sizes: tuple[tuple[int, int], ...]
+    """Of each row: tokens that are not padding, and pictures"""
+    features: Tensor | None = None
+    """(N,K,Dv), what a frozen tower made of the same pictures earlier; there are no pixels then"""
 
     @property
     def pixel_values(self) -> Tensor | None:
@@ -66,9 +70,19 @@ class Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
-        return Batch(ids, positions, self.labels.to(device, non_blocking=True), pixels)
+        labels = self.labels.to(device, non_blocking=True)
+        pixels, features = (
+            None if given is None else given.to(device, non_blocking=True) for given in (self.pixels, self.features)
+        )
+        return Batch(ids, positions, labels, pixels, self.sizes, features)
+
+    def pin(self) -> Batch:
+        """The same batch with its large tensors in page-locked memory, from where copies to a GPU wait for nobody."""
+        pixels, features = (
+            None if given is None else given.pin_memory() for given in (self.pixels, self.features)
+        )
+        return replace(self, pixels=pixels, features=features)
 
 
 def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:
@@ -108,4 +122,13 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
             labels[row, start] = IGNORED
     pictures = [sample.pixels for pack in packs for sample in pack if len(sample.pixels)]
     pixels = torch.from_numpy(np.concatenate(pictures)) if pictures else None
-    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), pixels)
+    sizes = tuple((sum(len(s.input_ids) for s in pack), sum(len(s.pixels) for s in pack)) for pack in packs)
+    rows = torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels)
+    return Batch(*rows, pixels, sizes, _features(packs))
+
+
+def _features(packs: Sequence[Sequence[Sample]]) -> Tensor | None:
+    """The features of samples that bring them instead of pixels."""
+    found = [getattr(sample, "features", None) for pack in packs for sample in pack]
+    given = [one for one in found if one is not None and len(one)]
+    return torch.from_numpy(np.concatenate(given)) if given else None

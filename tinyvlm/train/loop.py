@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from tinyvlm.train.batch import Batch, Sample, assemble, group
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
+from tinyvlm.train.forward import Forward
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
@@ -78,7 +78,8 @@ class Trainer:
         self.gradients = Gradients(self.parameters.values())
         self.optimizer = make_optimizer(self.policy, self.config)
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
-        self.tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
+        tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
+        self.forward = Forward(model, self.config, self.device, tower)
         self.steps_done = 0
 
     def run(self, state: State | None = None) -> None:
@@ -91,6 +92,10 @@ class Trainer:
         if state is not None:
             self.restore(state)
         self.model.train()
+        with self.forward.ready():
+            self._carry_out()
+
+    def _carry_out(self) -> None:
         every_save, every_eval = self.config.checkpoint_every_steps, self.config.eval_every_steps
         for batches, waited in self._stream(self.work.plan, self.steps_done):
             self._step(batches, waited)
@@ -128,10 +133,10 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.forward.ready():
             for batches, _ in self._stream(self.work.validation, 0):
                 for batch in batches:
-                    loss, supervised = self._loss(batch.to(self.device))
+                    loss, supervised = self.forward.loss(batch)
                     totals += torch.tensor([float(loss), float(supervised)], dtype=torch.float64)
         self.model.train(was_training)
         totals = totals.to(self.device)
@@ -142,7 +147,7 @@ class Trainer:
         step, started = self.steps_done, time.perf_counter()
         self.gradients.clear()
         for batch in batches:
-            loss, supervised = self._loss(batch.to(self.device))
+            loss, supervised = self.forward.loss(batch)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             self.gradients.add_loss(loss, supervised)
@@ -155,30 +160,6 @@ class Trainer:
         self.steps_done = step + 1
         seconds = waited + time.perf_counter() - started
         self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
-
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Summed loss and the number of tokens that it covers."""
-        with self._precision():
-            output = self.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                labels=batch.labels,
-                **self._pictures(batch),
-                loss_reduction="sum",
-                use_cache=False,
-            )
-        return output.loss, output.num_supervised
-
-    def _pictures(self, batch: Batch) -> dict[str, torch.Tensor | None]:
-        """The pictures of a batch, or what the frozen tower makes of them."""
-        if self.tower is None or batch.pixels is None:
-            return {"pixel_values": batch.pixel_values}
-        return {"image_features": self.tower(batch.pixels)}
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _stream(self, plan: Plan, first_step: int) -> Iterator[tuple[list[Batch], float]]:
         """This worker's batches of each step, made while the step before is at work, and seconds waited for them."""
@@ -198,7 +179,8 @@ class Trainer:
         groups = group(packs, self.config.packs_per_batch, self.config.tokens_per_batch)
         at = step if plan is self.work.plan else None
         loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
-        return [assemble(one, self.work.pad_token_id) for one in loaded]
+        made = [assemble(one, self.work.pad_token_id) for one in loaded]
+        return [batch.pin() for batch in made] if self.device.type == "cuda" else made
 
     def _held_out(self) -> None:
         started = time.perf_counter()

@@ -76,6 +76,8 @@ class TrainConfig:
     """Most tokens, padding included, that go through the model at once; 0 means no limit."""
     cache_mib: int = speed(256)
     """Memory of each worker for encoded samples."""
+    attention: Literal["auto", "packed", "masked"] = speed("auto")
+    """packed: no mask and no padding (attention.py); masked: what transformers does; auto: packed where it runs."""
     feature_cache_mib: int = speed(0)
     """Memory of each worker for what a frozen vision tower made of pictures; they come again if epochs are many."""
 
