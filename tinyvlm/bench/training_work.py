@@ -24,8 +24,8 @@ from tinyvlm.bench import plan as made_up
 from tinyvlm.data.packing import Limits, Packer
 from tinyvlm.model.configuration import TinyVLMConfig
 from tinyvlm.model.modeling import TinyVLMForConditionalGeneration
-from tinyvlm.train.plan import Item, Pack, Plan
 from tinyvlm.train.order import Shape
+from tinyvlm.train.plan import Item, Pack, Plan
 from tinyvlm.train.settings import Rates, TrainConfig
 
 PAD, IMAGE, FIRST_WORD = 0, 1, 2
@@ -52,7 +52,12 @@ SIZES: dict[str, dict[str, Any]] = {
 widths four times the width, a quarter as many keys as queries, a vocabulary of about a quarter of the layers' weights),
 with about 15 and 45 million weights."""
 
-HOT: dict[str, tuple[int, int, int]] = {"all": (1, 1, 1), "no-tower": (0, 1, 1), "no-language": (0, 1, 0)}
+HOT: dict[str, tuple[int, int, int]] = {
+    "all": (1, 1, 1),
+    "no-tower": (0, 1, 1),
+    "all-but-language": (1, 1, 0),
+    "no-language": (0, 1, 0),
+}
 """Which of tower, connector and language model learn."""
 
 
@@ -61,7 +66,7 @@ class Task:
     """One measurement, as JSON types."""
 
     side: str
-    """ours, padded, or grouped: see `bench/training_sides.py`."""
+    """ours, padded, grouped, or matrix: see `bench/training_sides.py`."""
     size: str = "small"
     hot: str = "no-tower"
     lengths: str = "mixed"
@@ -80,6 +85,8 @@ class Task:
     threads: int = 1
     is_cached: bool = False
     """The tower's features are given."""
+    with_parts: bool = False
+    """Also find out which part of a step takes how long; for our side."""
     settings: dict[str, Any] = field(default_factory=dict)
     """More of `TrainConfig`, for our side."""
 

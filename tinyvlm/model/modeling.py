@@ -254,9 +254,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
                     field="input_ids",
                 )
 
-    def _loss(
-        self, hidden: Tensor, labels: Tensor, supervised: Tensor | None, reduction: str
-    ) -> tuple[Tensor, int]:
+    def _loss(self, hidden: Tensor, labels: Tensor, supervised: Tensor | None, reduction: str) -> tuple[Tensor, int]:
         """Cross-entropy where the next token is supervised; only those rows meet the vocabulary."""
         if supervised is None:
             before = F.pad(labels[:, 1:], (0, 1), value=-100)

@@ -79,9 +79,7 @@ class Batch:
 
     def pin(self) -> Batch:
         """The same batch with its large tensors in page-locked memory, from where copies to a GPU wait for nobody."""
-        pixels, features = (
-            None if given is None else given.pin_memory() for given in (self.pixels, self.features)
-        )
+        pixels, features = (None if given is None else given.pin_memory() for given in (self.pixels, self.features))
         return replace(self, pixels=pixels, features=features)
 
 

@@ -173,6 +173,10 @@ class Trainer:
                     coming.append(pool.submit(self._batches, plan, step + 1))
                 yield batches, waited
 
+    def batches(self, step: int) -> list[Batch]:
+        """This worker's batches of a step of the plan."""
+        return self._batches(self.work.plan, step)
+
     def _batches(self, plan: Plan, step: int) -> list[Batch]:
         """This worker's share of a step, as tensors."""
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
