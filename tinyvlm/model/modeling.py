@@ -103,6 +103,9 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
+    shows_every_batch = False
+    """Pass the tower even for a batch without pictures outside of training, because other workers do."""
+
     def __init__(self, config: TinyVLMConfig) -> None:
         super().__init__(config)
         self.vision = CLIPVisionModel._from_config(config.vision_config)
@@ -231,7 +234,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         is_image = input_ids == self.config.image_token_id
         if not self.training or input_ids.device.type == "cpu":
             self._check_counts(is_image, 0 if given is None else given.shape[0])
-        if given is None or (given.shape[0] == 0 and not self.training):
+        if given is None or (given.shape[0] == 0 and not self.training and not self.shows_every_batch):
             return embeds
         if pixel_values is not None:
             image_features = self.encode_pictures(pixel_values)

@@ -125,6 +125,19 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
     return Batch(*rows, pixels, sizes, _features(packs))
 
 
+def nothing(pad_token_id: int) -> Batch:
+    """A batch from which nothing is learned, for a worker that must keep step with others."""
+    ids = torch.full((1, 2), pad_token_id)
+    return Batch(ids, torch.arange(2)[None], torch.full((1, 2), IGNORED), None, ((2, 0),))
+
+
+def with_pixels(batch: Batch, side: int) -> Batch:
+    """The same batch, with no pictures as a tensor of no pictures, so that the tower is passed."""
+    if batch.pixels is not None or batch.features is not None:
+        return batch
+    return replace(batch, pixels=torch.zeros((0, side, side, 3), dtype=torch.uint8))
+
+
 def _features(packs: Sequence[Sequence[Sample]]) -> Tensor | None:
     """The features of samples that bring them instead of pixels."""
     found = [getattr(sample, "features", None) for pack in packs for sample in pack]

@@ -40,9 +40,8 @@ class NewTokenRows:
     """
 
     def __init__(self, embedding: nn.Module, token_ids: Sequence[int]) -> None:
-        self.weight: Tensor = embedding.get_parameter("weight")
-        self.token_ids = list(token_ids)
-        self.rows = nn.Parameter(self.weight.detach()[self.token_ids].clone())
+        self.embedding, self.token_ids = embedding, list(token_ids)
+        self.rows = nn.Parameter(embedding.get_parameter("weight").detach()[self.token_ids].clone())
         self._handle = embedding.register_forward_hook(self._replace)
 
     def _replace(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ class NewTokenRows:
         """Write the rows into the embedding and stop replacing them."""
         self._handle.remove()
         with torch.no_grad():
-            self.weight[self.token_ids] = self.rows.detach()
+            self.embedding.get_parameter("weight")[self.token_ids] = self.rows.detach()
 
 
 class FreezePolicy:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from tinyvlm.errors import DataError
-from tinyvlm.train.batch import Batch, Sample, assemble, group
+from tinyvlm.train.batch import Batch, Sample, assemble, group, nothing, with_pixels
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
@@ -30,6 +30,7 @@ from tinyvlm.train.metrics import StepRecord
 from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rates
 from tinyvlm.train.plan import Pack, Plan
 from tinyvlm.train.settings import TrainConfig
+from tinyvlm.train.sharding import ShardedGradients, like, shard, shard_optimizer_state, unshard, whole_tensors
 
 
 class Source(Protocol):
@@ -74,12 +75,18 @@ class Trainer:
         self.model, self.work, self.config, self.collective = model, work, work.config, collective
         self.device: torch.device = next(model.parameters()).device
         self.policy = FreezePolicy(model, self.config.rates, work.new_token_ids)
+        self.is_sharded = self.config.parallel == "fsdp" and collective.world > 1
+        if self.is_sharded:
+            shard(model, self.policy, self.config)
         self.parameters = self.policy.parameters()
-        self.gradients = Gradients(self.parameters.values())
+        self.gradients: Gradients | ShardedGradients = (
+            ShardedGradients(model, self.parameters) if self.is_sharded else Gradients(self.parameters.values())
+        )
         self.optimizer = make_optimizer(self.policy, self.config)
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
         tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
         self.forward = Forward(model, self.config, self.device, tower)
+        self._picture_side = int(model.config.vision_config.image_size)
         self.steps_done = 0
 
     def run(self, state: State | None = None) -> None:
@@ -105,24 +112,37 @@ class Trainer:
             if is_last or (every_eval and self.steps_done % every_eval == 0):
                 self._held_out()
 
+    def finish(self) -> dict[str, str]:
+        """Behind the last step: a whole model with learned rows in their places; hashes of the frozen modules.
+
+        Raises:
+            CheckpointError: frozen weights have changed.
+        """
+        if self.is_sharded:
+            unshard(self.model)
+        return self.policy.finish()
+
     def state(self) -> State:
         """What a checkpoint holds."""
         on_gpu = self.device.type == "cuda"
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
-        return {
+        state = {
             "steps_done": self.steps_done,
             "plan": self.work.plan.fingerprint,
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "random": random,
         }
+        return whole_tensors(state) if self.is_sharded else state  # type: ignore[no-any-return]
 
     def restore(self, state: State) -> None:
         """Go back to a checkpoint's state."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state["weights"][name])
+                parameter.copy_(like(parameter, state["weights"][name]))
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.is_sharded:
+            shard_optimizer_state(self.optimizer)
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -146,12 +166,13 @@ class Trainer:
     def _step(self, batches: Sequence[Batch], waited: float) -> None:
         step, started = self.steps_done, time.perf_counter()
         self.gradients.clear()
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            self.gradients.before_backward(is_last=number == len(batches))
             loss, supervised = self.forward.loss(batch)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             self.gradients.add_loss(loss, supervised)
-        self.collective.sum(self.gradients.flat)
+        self.gradients.reduce(self.collective)
         mean_loss, norm = self.gradients.normalise(self.config.clip)
         loss_value, norm_value = torch.stack([mean_loss, norm]).tolist()
         self._check_finite(step, loss_value, norm_value)
@@ -184,7 +205,16 @@ class Trainer:
         at = step if plan is self.work.plan else None
         loaded = ([self.work.source.load(pack, at) for pack in one] for one in groups)
         made = [assemble(one, self.work.pad_token_id) for one in loaded]
+        if self.is_sharded:
+            made += [nothing(self.work.pad_token_id)] * (self._most_batches(plan, step) - len(made))
+            made = [with_pixels(batch, self._picture_side) for batch in made]
         return [batch.pin() for batch in made] if self.device.type == "cuda" else made
+
+    def _most_batches(self, plan: Plan, step: int) -> int:
+        """Batches of the worker that has most in a step."""
+        world, most = self.collective.world, (self.config.packs_per_batch, self.config.tokens_per_batch)
+        shares = ([pack for pack in plan.packs(step, rank, world) if pack] for rank in range(world))
+        return max(len(group(share, *most)) for share in shares)
 
     def _held_out(self) -> None:
         started = time.perf_counter()

@@ -76,6 +76,8 @@ class TrainConfig:
     """Most tokens, padding included, that go through the model at once; 0 means no limit."""
     cache_mib: int = speed(256)
     """Memory of each worker for encoded samples."""
+    parallel: Literal["ddp", "fsdp"] = speed("ddp")
+    """ddp: every worker holds all weights; fsdp: weights, gradients and optimizer state are sharded (sharding.py)."""
     attention: Literal["auto", "packed", "masked"] = speed("auto")
     """packed: no mask and no padding (attention.py); masked: what transformers does; auto: packed where it runs."""
     feature_cache_mib: int = speed(0)
@@ -111,3 +113,8 @@ class TrainConfig:
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
+            raise ConfigError(
+                "optimizer='adamw8bit' cannot work on the shards of parallel='fsdp' (bitsandbytes refuses DTensors); "
+                "set parallel='ddp', or optimizer='adamw', whose state fsdp shards."
+            )

@@ -85,7 +85,7 @@ def carry_out(
     )
     trainer = Trainer(model.to(device), work, collective)
     trainer.run(state)
-    frozen = trainer.policy.finish()
+    frozen = trainer.finish()
     if numbers is not None:
         numbers.close()
         Lease.check(run.folder, lease_number)
