@@ -12,7 +12,7 @@ from training_data import rows
 
 from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import ConfigError
-from tinyvlm.train.settings import Rates, TrainConfig
+from tinyvlm.train.settings import LoraConfig, Rates, TrainConfig
 
 NEW_ROWS = {"vision": 0.0, "connector": 1e-4, "language": 0.0, "new_tokens": 1e-3}
 TEXT = {"mixture": {"weights": {"text": 1.0}}, "packs_per_step": 1, "steps": 2}
@@ -23,6 +23,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "restarted": {"parallel": "fsdp", "restart_at": 4},
     "masked": {"parallel": "fsdp", "attention": "masked"},
     "new rows": {"parallel": "fsdp", "rates": NEW_ROWS},
+    "adapters, averaged, computed twice": {
+        **{"parallel": "fsdp", "restart_at": 4, "gradient_checkpointing": True, "ema_decay": 0.5},
+        **{"lora": {"rank": 4}, "rates": {"vision": 0.0, "connector": 1e-4, "language": 1e-3}},
+    },
     "text on one worker alone": {"parallel": "fsdp", **TEXT},
 }
 
@@ -42,6 +46,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 ALONE: dict[str, TrainConfig] = {
     **dict.fromkeys(("ddp", "fsdp", "more batches", "restarted", "masked"), GENTLE),
     "new rows": dataclasses.replace(GENTLE, rates=Rates(**NEW_ROWS)),
+    "adapters, averaged, computed twice": dataclasses.replace(
+        GENTLE, ema_decay=0.5, lora=LoraConfig(rank=4), rates=Rates(vision=0.0, connector=1e-4, language=1e-3)
+    ),
     "text on one worker alone": dataclasses.replace(
         GENTLE, mixture=MixtureConfig(weights={"text": 1.0}), packs_per_step=1, steps=2
     ),

@@ -16,7 +16,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tinyvlm.bench.training_work import PAD, MadeUpSource, Task, build_model, ma
 from tinyvlm.images import normalise
 from tinyvlm.model.modeling import TinyVLMForConditionalGeneration
 from tinyvlm.train.batch import IGNORED
-from tinyvlm.train.collective import Alone
+from tinyvlm.train.collective import Alone, Collective
 from tinyvlm.train.flops import FlopCounter, peak_flops
 from tinyvlm.train.host import prepare_host
 from tinyvlm.train.loop import Hooks, Trainer, Work
@@ -149,8 +149,16 @@ def padded(task: Task) -> Outcome:
 
 def ours(task: Task) -> Outcome:
     """Through the loop."""
-    model = build_model(task.size)
-    plan = make_plan(task)
+    parts: dict[str, float] = {}
+    records = loop_of(task, Alone(), lambda trainer: parts.update(parts_of(trainer) if task.with_parts else {}))
+    return [record.loss for record in records], [record.seconds for record in records], parts or None
+
+
+def loop_of(
+    task: Task, collective: Collective, then: Callable[[Trainer], None] = lambda trainer: None
+) -> list[StepRecord]:
+    """Carry the task out as one worker; `then` is given the trainer when it is done."""
+    model, plan = build_model(task.size), make_plan(task)
     records: list[StepRecord] = []
     work = Work(
         plan=plan,
@@ -160,10 +168,10 @@ def ours(task: Task) -> Outcome:
         pad_token_id=PAD,
         hooks=Hooks(on_step=records.append),
     )
-    trainer = Trainer(model.to(task.device), work, Alone())
+    trainer = Trainer(model.to(task.device), work, collective)
     trainer.run()
-    parts = parts_of(trainer) if task.with_parts else None
-    return [record.loss for record in records], [record.seconds for record in records], parts
+    then(trainer)
+    return records
 
 
 class _Clock:

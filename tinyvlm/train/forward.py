@@ -45,7 +45,8 @@ class Forward:
         is_compiled: bool = False,
     ) -> None:
         self.model, self.config, self.device, self.tower, self.is_compiled = model, config, device, tower, is_compiled
-        knows_rows = device.type == "cpu" or config.precision == "bf16"
+        # On a CPU every length is a kernel call of its own, for which a compiled layer would be compiled again.
+        knows_rows = config.precision == "bf16" if device.type == "cuda" else not is_compiled
         self.in_rows = config.attention == "packed" or (config.attention == "auto" and knows_rows)
 
     @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyvlm.errors import CheckpointError
+from tinyvlm.train.adapters import MARK
 from tinyvlm.train.settings import Rates
 
 MODULES = ("vision", "connector", "language")
@@ -59,17 +60,24 @@ class NewTokenRows:
 class FreezePolicy:
     """A model with its hot and frozen parts told apart."""
 
-    def __init__(self, model: Any, rates: Rates, new_token_ids: Sequence[int]) -> None:
+    def __init__(self, model: Any, rates: Rates, new_token_ids: Sequence[int], *, adapters_only: bool = False) -> None:
+        """Args:
+        adapters_only: of the language model, only the adapters (adapters.py) that were put into it are hot.
+        """
         self.model = model
         self.groups: list[HotGroup] = []
         for name in MODULES:
             module, rate = getattr(model, name), float(getattr(rates, name))
-            module.requires_grad_(rate > 0)
-            if rate > 0:
-                hot = {f"{name}.{inner}": parameter for inner, parameter in module.named_parameters()}
+            hot: dict[str, nn.Parameter] = {}
+            for inner, parameter in module.named_parameters():
+                is_frozen = rate == 0 or (adapters_only and name == "language" and MARK not in inner)
+                parameter.requires_grad_(not is_frozen)
+                if not is_frozen:
+                    hot[f"{name}.{inner}"] = parameter
+            if hot:
                 self.groups.append(HotGroup(name, rate, hot))
         self.new_rows: NewTokenRows | None = None
-        if rates.new_tokens > 0 and rates.language == 0 and new_token_ids:
+        if rates.new_tokens > 0 and (rates.language == 0 or adapters_only) and new_token_ids:
             self.new_rows = NewTokenRows(model.get_input_embeddings(), new_token_ids)
             self.groups.append(HotGroup(NEW_TOKENS, rates.new_tokens, {f"{NEW_TOKENS}.rows": self.new_rows.rows}))
         self._frozen_before = self.frozen_hashes()

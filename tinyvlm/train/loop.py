@@ -14,13 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from tinyvlm.errors import DataError
+from tinyvlm.train.adapters import add_adapters, merge_adapters
+from tinyvlm.train.average import Average
 from tinyvlm.train.batch import Batch, Sample, assemble, group, nothing, with_pixels
+from tinyvlm.train.blocks import prepare_blocks
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
@@ -74,7 +78,11 @@ class Trainer:
     def __init__(self, model: Any, work: Work, collective: Collective) -> None:
         self.model, self.work, self.config, self.collective = model, work, work.config, collective
         self.device: torch.device = next(model.parameters()).device
-        self.policy = FreezePolicy(model, self.config.rates, work.new_token_ids)
+        has_adapters = self.config.lora.rank > 0
+        if has_adapters:
+            add_adapters(model.language, self.config.lora, self.config.seed)
+        self.policy = FreezePolicy(model, self.config.rates, work.new_token_ids, adapters_only=has_adapters)
+        is_compiled = prepare_blocks(model, self.config, self.device)
         self.is_sharded = self.config.parallel == "fsdp" and collective.world > 1
         if self.is_sharded:
             shard(model, self.policy, self.config)
@@ -85,7 +93,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.policy, self.config)
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
         tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
-        self.forward = Forward(model, self.config, self.device, tower)
+        self.forward = Forward(model, self.config, self.device, tower, is_compiled=is_compiled)
+        self.average = Average(self.parameters, self.config.ema_decay) if self.config.ema_decay else None
         self._picture_side = int(model.config.vision_config.image_size)
         self.steps_done = 0
 
@@ -118,9 +127,14 @@ class Trainer:
         Raises:
             CheckpointError: frozen weights have changed.
         """
+        if self.average is not None:
+            self.average.keep()
         if self.is_sharded:
             unshard(self.model)
-        return self.policy.finish()
+        frozen = self.policy.finish()
+        if self.config.lora.rank:
+            merge_adapters(self.model.language)
+        return frozen
 
     def state(self) -> State:
         """What a checkpoint holds."""
@@ -132,6 +146,7 @@ class Trainer:
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "random": random,
+            "average": self.average.values if self.average is not None else {},
         }
         return whole_tensors(state) if self.is_sharded else state  # type: ignore[no-any-return]
 
@@ -143,6 +158,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.is_sharded:
             shard_optimizer_state(self.optimizer)
+        if self.average is not None:
+            self.average.restore(state["average"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -153,7 +170,8 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.forward.ready():
+        averaged = nullcontext() if self.average is None else self.average.in_place()
+        with torch.no_grad(), self.forward.ready(), averaged:
             for batches, _ in self._stream(self.work.validation, 0):
                 for batch in batches:
                     loss, supervised = self.forward.loss(batch)
@@ -178,6 +196,8 @@ class Trainer:
         self._check_finite(step, loss_value, norm_value)
         set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         self.steps_done = step + 1
         seconds = waited + time.perf_counter() - started
         self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
