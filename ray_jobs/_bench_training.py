@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tinyvlm.bench.training_work import Task
 
-TOKENS, SAMPLES_PER_PACK, PACKS_PER_WORKER = 130, 5, 1
+TOKENS, SAMPLES_PER_PACK, PACKS_PER_WORKER = 130, 7, 1
 """A step of the small model takes more than half a second with these on a core of 2024."""
 WARM_UP = 2
 TIMEOUT_S = 1800

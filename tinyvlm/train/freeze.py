@@ -98,6 +98,15 @@ class FreezePolicy:
             counts[NEW_TOKENS] = {"hot": number, "all": number}
         return counts
 
+    def lines(self) -> list[str]:
+        """The same for a person, with learning rates: `connector  12,345 of 12,345 weights at 1e-03`."""
+        rates = {group.module: group.rate for group in self.groups}
+        return [
+            f"{name:10} {count['hot']:>14,} of {count['all']:>14,} weights"
+            + (f" at {rates[name]:.0e}" if count["hot"] else ", frozen")
+            for name, count in self.counts().items()
+        ]
+
     def frozen_hashes(self) -> dict[str, str]:
         """A hash over the weights of each frozen module."""
         hashes = {}

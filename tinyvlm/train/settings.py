@@ -52,6 +52,8 @@ class TrainConfig:
     init: str = ""
     """Model folder to start from; "" means the model of the stage before, or for the first stage a newly built one."""
     rates: Rates = field(default_factory=Rates)
+    features: Literal["live", "stored"] = "live"
+    """live: pictures themselves; stored: what the stage `encode` made of them, for a frozen tower (stored.py)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 150
@@ -106,6 +108,8 @@ class TrainConfig:
     """Compute layers again in the backward pass, which takes a third more time and much less memory."""
     feature_cache_mib: int = speed(0)
     """Memory of each worker for what a frozen vision tower made of pictures; they come again if epochs are many."""
+    stored_features_mib: int = speed(1024)
+    """Memory of each worker for row groups of stored features."""
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -132,7 +136,13 @@ class TrainConfig:
                 "max_validation",
                 "cache_mib",
             ),
-            *("tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"),
+            *(
+                "tokens_per_batch",
+                "feature_cache_mib",
+                "stored_features_mib",
+                "checkpoint_every_steps",
+                "eval_every_steps",
+            ),
         )
         for name in not_negative:
             if getattr(self, name) < 0:
@@ -146,3 +156,8 @@ class TrainConfig:
             raise ConfigError(f"ema_decay must be at least 0 (off) and below 1, but is {self.ema_decay}.")
         if self.lora.rank and not self.rates.language:
             raise ConfigError("lora.rank is set while rates.language is 0, so the adapters would not learn; set one.")
+        if self.features == "stored" and self.rates.vision:
+            raise ConfigError(
+                "features='stored' wants a frozen tower: a hot one makes other features after every step. "
+                "Set rates.vision=0, or features='live'."
+            )

@@ -38,6 +38,7 @@ from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.reading import Window, group_sizes, reading
 from tinyvlm.train.run import TrainingRun
+from tinyvlm.train.stored import open_features
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,16 @@ def carry_out(
     state = checkpoint.load_newest(run.folder, training.fingerprint, log.warning)
     numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world) if collective.rank == 0 else None
     config = run.config
+    stored = None
+    if run.features:
+        picture, num_tokens = processor.picture, processor.num_image_tokens
+        stored = open_features(run.features, model, picture, num_tokens, config.stored_features_mib << 20)
     source = Conversations(
         data_files(map(Path, run.prepare)),
         processor,
         window=Window.of(training, collective.rank, collective.world),
         cache_bytes=config.cache_mib << 20,
+        stored=stored,
     )
     told = Hooks(on_held_out=lambda step, loss, seconds: on_held_out(step, loss))
     hooks = told if numbers is None else _writing_hooks(run, numbers, lease_number, told)
@@ -84,6 +90,9 @@ def carry_out(
         hooks=hooks,
     )
     trainer = Trainer(model.to(device), work, collective)
+    if collective.rank == 0:
+        for line in trainer.policy.lines():
+            log.info("%s learns · %s", run.stage, line)
     trainer.run(state)
     frozen = trainer.finish()
     if numbers is not None:
