@@ -45,10 +45,10 @@ def work(settings: dict[str, Any]) -> None:
     training: TrainingRun = settings["training"]
     try:
         import ray.train.torch
-        import torch
 
-        torch.set_num_threads(settings["num_threads"])
-        torch.set_flush_denormal(True)
+        from tinyvlm.train.host import prepare_host
+
+        prepare_host(settings["num_threads"])
         from tinyvlm.train.collective import Group
         from tinyvlm.train.evaluate import evaluate_finished
         from tinyvlm.train.worker import carry_out

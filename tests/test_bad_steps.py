@@ -19,6 +19,7 @@ from tinyvlm.model import load
 from tinyvlm.train import bad_steps, checkpoint, ledger, loop, metrics, worker
 from tinyvlm.train.batch import Batch
 from tinyvlm.train.collective import Collective
+from tinyvlm.train.kinds import Tally
 from tinyvlm.train.loop import Hooks, Trainer
 from tinyvlm.train.run import TrainingRun, run_local
 
@@ -31,8 +32,8 @@ def bad_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     """One conversation of the training split makes the loss of its batch infinite, on whichever worker it is."""
     honest = Trainer._loss
 
-    def broken(self: Trainer, batch: Batch) -> tuple[torch.Tensor, int]:
-        loss, supervised = honest(self, batch)
+    def broken(self: Trainer, batch: Batch, tally: Tally) -> tuple[torch.Tensor, int]:
+        loss, supervised = honest(self, batch, tally)
         is_bad = any(item.key == BAD for pack in batch.packs for item in pack)
         return loss * (math.inf if is_bad else 1.0), supervised
 

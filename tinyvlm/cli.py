@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from tinyvlm.bench import encode, ingest, plan
+    from tinyvlm.bench import encode, ingest, plan, train
     from tinyvlm.data.commands import add_data_commands
 
     parser = argparse.ArgumentParser(prog="tinyvlm", description="Make and serve a small vision-language model.")
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_arguments(benches.add_parser("ingest", help="from links to finished pictures"))
     plan.add_arguments(benches.add_parser("plan", help="the order of millions of samples: time, memory, fill, reading"))
     encode.add_arguments(benches.add_parser("encode", help="pictures a second through a vision tower"))
+    train.add_arguments(benches.add_parser("train", help="the training loop beside transformers' Trainer"))
 
     recipe = commands.add_parser("recipe", help="print a recipe as JSON, with --set applied")
     recipe.add_argument("name")

@@ -4,7 +4,7 @@
 |------------|------------------------------------------------------------------------------------------------|
 | `tiny()`   | a laptop: the packaged small towers, easy-VQA's pictures, minutes                              |
 | `base()`   | the published table: CLIP ViT-L/14-336, Llama-3.2-1B-Instruct, 64 image tokens                 |
-| `cached()` | the published text's other variant: the tower frozen throughout                                |
+| `cached()` | the published text's other variant: the tower frozen throughout, its features read from `encode` |
 | `tuned()`  | `base()` with the settings we believe in: connector warm-up, a rate per module, packing        |
 """
 
@@ -87,13 +87,21 @@ def base() -> Recipe:
 
 
 def cached() -> Recipe:
-    """`base()` with the tower frozen in every stage, so that encoded features and live pictures say the same."""
+    """`base()` with the tower frozen in every stage, which read the features that `encode` has stored.
+
+    A stage's loss is that of live pictures within `train.stored.LOSS_TOLERANCE`.
+    """
     recipe = base()
+
+    def stored(stage: TrainConfig, rates: Rates) -> TrainConfig:
+        return replace(stage, rates=replace(rates, vision=0.0), features="stored")
+
     return replace(
         recipe,
         name="cached",
-        pretrain=replace(recipe.pretrain, rates=replace(recipe.pretrain.rates, vision=0.0, language=2e-5)),
-        sft=replace(recipe.sft, rates=replace(recipe.sft.rates, vision=0.0)),
+        pretrain=stored(recipe.pretrain, replace(recipe.pretrain.rates, language=2e-5)),
+        sft=stored(recipe.sft, recipe.sft.rates),
+        instruct=stored(recipe.instruct, recipe.instruct.rates),
     )
 
 

@@ -105,6 +105,9 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
+    shows_every_batch = False
+    """Pass the tower even for a batch without pictures outside of training, because other workers do."""
+
     def __init__(self, config: TinyVLMConfig) -> None:
         super().__init__(config)
         self.vision = CLIPVisionModel._from_config(config.vision_config)
@@ -161,6 +164,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        supervised: Tensor | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         return_logits: bool | None = None,
         use_cache: bool | None = None,
@@ -178,6 +182,8 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
                 `attention_mask` and no cache.
             labels: (B,T), not shifted: the token that should stand here, or -100.  The first token of a packed
                 sample must be -100, else the sample before it would be asked to guess it.
+            supervised: (L,), which tokens of the flattened batch are followed by a labelled one.  Finding them in
+                `labels` makes an accelerator wait, so who knows them says them.
             loss_reduction: "mean" or "sum" over the supervised tokens.
             return_logits: give logits although there are labels.
             logits_to_keep: only the logits of the last so many tokens; 0 means all.
@@ -203,7 +209,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         hidden = outputs.last_hidden_state
         loss, num_supervised, token_losses, logits = None, None, None, None
         if labels is not None:
-            loss, token_losses = self._loss(hidden, labels, loss_reduction)
+            loss, token_losses = self._loss(hidden, labels, supervised, loss_reduction)
             num_supervised = len(token_losses)
         if return_logits or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -232,7 +238,7 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         is_image = input_ids == self.config.image_token_id
         if not self.training or input_ids.device.type == "cpu":
             self._check_counts(is_image, 0 if given is None else given.shape[0])
-        if given is None or (given.shape[0] == 0 and not self.training):
+        if given is None or (given.shape[0] == 0 and not self.training and not self.shows_every_batch):
             return embeds
         if pixel_values is not None:
             image_features = self.encode_pictures(pixel_values)
@@ -255,15 +261,16 @@ class TinyVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
                     field="input_ids",
                 )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    def _loss(self, hidden: Tensor, labels: Tensor, supervised: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
         """Cross-entropy where the next token is supervised; only those rows meet the vocabulary.
 
         Returns the mean or sum, and (L,), that of each token.
         """
-        targets = labels[:, 1:]
-        supervised = targets != -100
-        wanted = targets[supervised]
-        rows = hidden[:, :-1][supervised]
+        if supervised is None:
+            before = F.pad(labels[:, 1:], (0, 1), value=-100)
+            supervised = (before != -100).flatten().nonzero().squeeze(1)
+        rows = hidden.flatten(0, 1).index_select(0, supervised)
+        wanted = labels.flatten().index_select(0, supervised + 1)
         if len(wanted) == 0:  # still connected to every weight
             return rows.sum() * 0.0, rows.new_zeros(0, dtype=torch.float32)
         losses = _token_losses(self.language.lm_head, rows, wanted)

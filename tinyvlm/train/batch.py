@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -65,6 +65,8 @@ class Batch:
     """What the plan calls each row; its last ones may be shorter, where a sample could not be read and was left out"""
     kinds: Tensor | None = None
     """(L,) int64, the kind of each supervised token, row by row (kinds.py); None where they are not told apart"""
+    features: Tensor | None = None
+    """(N,K,Dv), what a frozen tower made of the same pictures earlier; there are no pixels then"""
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -92,11 +94,18 @@ class Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        pixels = None if self.pixels is None else self.pixels.to(device, non_blocking=True)
         ids, positions = self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
-        kinds = None if self.kinds is None else self.kinds.to(device, non_blocking=True)
-        return Batch(ids, positions, labels, pixels, self.sizes, self.packs, kinds)
+        pixels, kinds, features = (
+            None if given is None else given.to(device, non_blocking=True)
+            for given in (self.pixels, self.kinds, self.features)
+        )
+        return Batch(ids, positions, labels, pixels, self.sizes, self.packs, kinds, features)
+
+    def pin(self) -> Batch:
+        """The same batch with its large tensors in page-locked memory, from where copies to a GPU wait for nobody."""
+        pixels, features = (None if given is None else given.pin_memory() for given in (self.pixels, self.features))
+        return replace(self, pixels=pixels, features=features)
 
 
 def group(packs: Sequence[Pack], max_packs: int, max_tokens: int) -> list[list[Pack]]:
@@ -138,4 +147,24 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int, planned: Sequ
     pixels = torch.from_numpy(np.concatenate(pictures)) if pictures else None
     sizes = tuple((sum(len(s.input_ids) for s in pack), sum(len(s.pixels) for s in pack)) for pack in packs)
     rows = torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels)
-    return Batch(*rows, pixels, sizes, tuple(planned))
+    return Batch(*rows, pixels, sizes, tuple(planned), features=_features(packs))
+
+
+def nothing(pad_token_id: int) -> Batch:
+    """A batch from which nothing is learned, for a worker that must keep step with others."""
+    ids = torch.full((1, 2), pad_token_id)
+    return Batch(ids, torch.arange(2)[None], torch.full((1, 2), IGNORED), None, ((2, 0),))
+
+
+def with_pixels(batch: Batch, side: int) -> Batch:
+    """The same batch, with no pictures as a tensor of no pictures, so that the tower is passed."""
+    if batch.pixels is not None or batch.features is not None:
+        return batch
+    return replace(batch, pixels=torch.zeros((0, side, side, 3), dtype=torch.uint8))
+
+
+def _features(packs: Sequence[Sequence[Sample]]) -> Tensor | None:
+    """The features of samples that bring them instead of pixels."""
+    found = [getattr(sample, "features", None) for pack in packs for sample in pack]
+    given = [one for one in found if one is not None and len(one)]
+    return torch.from_numpy(np.concatenate(given)) if given else None

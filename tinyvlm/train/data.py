@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tinyvlm.model.processing import Sample, TinyVLMProcessor
 from tinyvlm.train.features import Cache
 from tinyvlm.train.plan import LENGTHS, Item, Pack
 from tinyvlm.train.reading import READ_COLUMNS, Place, Window, group_bytes
+from tinyvlm.train.stored import StoredFeatures
 
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
@@ -117,6 +119,14 @@ def _measure_row(messages: Any, num_pictures: int, processor: TinyVLMProcessor) 
     return (schema.OK if learned else "bad_text"), len(ids), learned
 
 
+@dataclass(frozen=True)
+class SampleOfFeatures(Sample):
+    """A conversation whose pictures are there as stored features; it has no pixels."""
+
+    features: npt.NDArray[np.float32]
+    """(N,K,Dv)"""
+
+
 class Conversations:
     """Reads samples by their place.
 
@@ -125,6 +135,7 @@ class Conversations:
         window: which row groups to keep in memory.
         cache_bytes: budget for encoded samples.
         skip_bad_pictures: leave out a conversation with a picture that cannot be decoded, and say so.
+        stored: where features of pictures lie that stand for the pictures themselves.
     """
 
     def __init__(
@@ -135,8 +146,9 @@ class Conversations:
         window: Window,
         cache_bytes: int,
         skip_bad_pictures: bool = False,
+        stored: StoredFeatures | None = None,
     ) -> None:
-        self.files, self.processor = list(files), processor
+        self.files, self.processor, self._stored = list(files), processor, stored
         self._skip_bad_pictures, self._told = skip_bad_pictures, set[tuple[int, int, int]]()
         self._window = window
         self._kept: dict[tuple[int, int, int], dict[str, Any]] = {}
@@ -191,11 +203,19 @@ class Conversations:
         if text is None:
             return self._read(item)
         ids, supervised, digests = text
+        if self._stored is not None:
+            return self._of_features(ids, supervised, digests)
         pictures = [picture for digest in digests if (picture := self._pictures.get(digest)) is not None]
         return self._read(item) if len(pictures) < len(digests) else self._join(ids, supervised, pictures)
 
     def _join(self, ids: Ids, supervised: Flags, pictures: Sequence[Pixels]) -> Sample:
         return Sample(ids, supervised, np.stack(pictures) if pictures else self.processor.pixels([]))
+
+    def _of_features(self, ids: Ids, supervised: Flags, digests: Sequence[str]) -> Sample:
+        nothing = self.processor.pixels([])
+        if self._stored is None or not digests:
+            return Sample(ids, supervised, nothing)
+        return SampleOfFeatures(ids, supervised, nothing, self._stored.of(digests))
 
     def _read(self, item: Item) -> Sample:
         row = self._kept.get(_place(item)) or self._row(item)
@@ -203,6 +223,8 @@ class Conversations:
         ids, supervised = self.processor.tokens(messages, len(images))
         digests = [image["sha256"] or f"{_place(item)}/{number}" for number, image in enumerate(images)]
         self._texts.put(_place(item), (ids, supervised, digests), ids.nbytes + supervised.nbytes + 500)
+        if self._stored is not None:
+            return self._of_features(ids, supervised, digests)
         each = [self._decode(digest, image["bytes"]) for digest, image in zip(digests, images, strict=True)]
         return self._join(ids, supervised, each)
 

@@ -68,12 +68,15 @@ class FlopCounter:
     Args:
         config: of the whole model (`TinyVLMConfig`).
         cached: features come from a cache, so the tower does nothing.
+        adapters: the language model learns through small matrices beside its own, whose operations are not counted.
         causal_share: how much of a causal attention's square is counted; 1.0 counts what a kernel without a notion of
             causality computes.
     """
 
-    def __init__(self, config: Any, rates: Rates, *, cached: bool = False, causal_share: float = 0.5) -> None:
-        self.rates, self.causal_share = rates, causal_share
+    def __init__(
+        self, config: Any, rates: Rates, *, cached: bool = False, adapters: bool = False, causal_share: float = 0.5
+    ) -> None:
+        self.rates, self.adapters, self.causal_share = rates, adapters, causal_share
         vision, language = config.vision_config, config.text_config
         patches = (vision.image_size // vision.patch_size) ** 2
         rows = patches + 1
@@ -101,7 +104,8 @@ class FlopCounter:
         tokens = self.token * float(sum(lengths))
         rates = self.rates
         below = bool(rates.vision or rates.connector or rates.language or rates.new_tokens)
-        hot_language, hot_connector, hot_vision = bool(rates.language), bool(rates.connector), bool(rates.vision)
+        hot_language = bool(rates.language) and not self.adapters
+        hot_connector, hot_vision = bool(rates.connector), bool(rates.vision)
         head = num_supervised * self.vocabulary * (1 + below + hot_language)
         # Attention has two operands in each product, and both take a gradient.
         language = tokens * (1 + below + hot_language) + squares * (1 + 2 * below)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyvlm.errors import CheckpointError
+from tinyvlm.train.adapters import MARK
 from tinyvlm.train.settings import Rates
 
 MODULES = ("vision", "connector", "language")
@@ -40,9 +41,8 @@ class NewTokenRows:
     """
 
     def __init__(self, embedding: nn.Module, token_ids: Sequence[int]) -> None:
-        self.weight: Tensor = embedding.get_parameter("weight")
-        self.token_ids = list(token_ids)
-        self.rows = nn.Parameter(self.weight.detach()[self.token_ids].clone())
+        self.embedding, self.token_ids = embedding, list(token_ids)
+        self.rows = nn.Parameter(embedding.get_parameter("weight").detach()[self.token_ids].clone())
         self._handle = embedding.register_forward_hook(self._replace)
 
     def _replace(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -54,23 +54,30 @@ class NewTokenRows:
         """Write the rows into the embedding and stop replacing them."""
         self._handle.remove()
         with torch.no_grad():
-            self.weight[self.token_ids] = self.rows.detach()
+            self.embedding.get_parameter("weight")[self.token_ids] = self.rows.detach()
 
 
 class FreezePolicy:
     """A model with its hot and frozen parts told apart."""
 
-    def __init__(self, model: Any, rates: Rates, new_token_ids: Sequence[int]) -> None:
+    def __init__(self, model: Any, rates: Rates, new_token_ids: Sequence[int], *, adapters_only: bool = False) -> None:
+        """Args:
+        adapters_only: of the language model, only the adapters (adapters.py) that were put into it are hot.
+        """
         self.model = model
         self.groups: list[HotGroup] = []
         for name in MODULES:
             module, rate = getattr(model, name), float(getattr(rates, name))
-            module.requires_grad_(rate > 0)
-            if rate > 0:
-                hot = {f"{name}.{inner}": parameter for inner, parameter in module.named_parameters()}
+            hot: dict[str, nn.Parameter] = {}
+            for inner, parameter in module.named_parameters():
+                is_frozen = rate == 0 or (adapters_only and name == "language" and MARK not in inner)
+                parameter.requires_grad_(not is_frozen)
+                if not is_frozen:
+                    hot[f"{name}.{inner}"] = parameter
+            if hot:
                 self.groups.append(HotGroup(name, rate, hot))
         self.new_rows: NewTokenRows | None = None
-        if rates.new_tokens > 0 and rates.language == 0 and new_token_ids:
+        if rates.new_tokens > 0 and (rates.language == 0 or adapters_only) and new_token_ids:
             self.new_rows = NewTokenRows(model.get_input_embeddings(), new_token_ids)
             self.groups.append(HotGroup(NEW_TOKENS, rates.new_tokens, {f"{NEW_TOKENS}.rows": self.new_rows.rows}))
         self._frozen_before = self.frozen_hashes()
@@ -90,6 +97,15 @@ class FreezePolicy:
             number = self.new_rows.rows.numel()
             counts[NEW_TOKENS] = {"hot": number, "all": number}
         return counts
+
+    def lines(self) -> list[str]:
+        """The same for a person, with learning rates: `connector  12,345 of 12,345 weights at 1e-03`."""
+        rates = {group.module: group.rate for group in self.groups}
+        return [
+            f"{name:10} {count['hot']:>14,} of {count['all']:>14,} weights"
+            + (f" at {rates[name]:.0e}" if count["hot"] else ", frozen")
+            for name, count in self.counts().items()
+        ]
 
     def frozen_hashes(self) -> dict[str, str]:
         """A hash over the weights of each frozen module."""

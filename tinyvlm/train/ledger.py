@@ -55,7 +55,7 @@ class Ledger:
         Raises:
             DataError: it cannot be written.
         """
-        self._write({"step": step, "packs": [digest for batch in batches for digest in batch.digests]})
+        self._write({"step": step, "packs": [digest for batch in batches if batch.packs for digest in batch.digests]})
 
     def close(self) -> None:
         """No more will come."""

@@ -15,19 +15,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from tinyvlm.errors import DataError, Interrupted
+from tinyvlm.train.adapters import add_adapters, merge_adapters
+from tinyvlm.train.average import Average
 from tinyvlm.train.bad_steps import BadStep
-from tinyvlm.train.batch import Batch, Sample, assemble, group
+from tinyvlm.train.batch import Batch, Sample, assemble, group, nothing, with_pixels
+from tinyvlm.train.blocks import prepare_blocks
 from tinyvlm.train.checkpoint import State
 from tinyvlm.train.collective import Collective
 from tinyvlm.train.features import FrozenTower
 from tinyvlm.train.flops import FlopCounter
+from tinyvlm.train.forward import Forward
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.kinds import Kinds, LossSums, Tally
 from tinyvlm.train.meter import Meter
@@ -36,6 +40,7 @@ from tinyvlm.train.optim import Gradients, make_optimizer, rate_factor, set_rate
 from tinyvlm.train.plan import Pack, Plan
 from tinyvlm.train.seeds import seed_step
 from tinyvlm.train.settings import TrainConfig
+from tinyvlm.train.sharding import ShardedGradients, like, shard, shard_optimizer_state, unshard, whole_tensors
 
 MAX_SKIPPED_IN_A_ROW = 10
 """So many bad steps one after another mean that it is the weights."""
@@ -86,6 +91,8 @@ class Work:
     """Tells samples of the plans apart, for the loss of each source; None tells none apart."""
     peak_flops: float = 0.0
     """Matrix rate of all workers' devices, operations a second, for MFU; 0 where nobody measured."""
+    has_features: bool = False
+    """Samples bring what the tower made of their pictures."""
     hooks: Hooks = field(default_factory=Hooks)
 
 
@@ -99,17 +106,29 @@ class Trainer:
     def __init__(self, model: Any, work: Work, collective: Collective) -> None:
         self.model, self.work, self.config, self.collective = model, work, work.config, collective
         self.device: torch.device = next(model.parameters()).device
-        self.policy = FreezePolicy(model, self.config.rates, work.new_token_ids)
+        has_adapters = self.config.lora.rank > 0
+        if has_adapters:
+            add_adapters(model.language, self.config.lora, self.config.seed)
+        self.policy = FreezePolicy(model, self.config.rates, work.new_token_ids, adapters_only=has_adapters)
+        is_compiled = prepare_blocks(model, self.config, self.device)
+        self.is_sharded = self.config.parallel == "fsdp" and collective.world > 1
+        if self.is_sharded:
+            shard(model, self.policy, self.config)
         self.parameters = self.policy.parameters()
-        self.gradients = Gradients(self.parameters.values())
+        self.gradients: Gradients | ShardedGradients = (
+            ShardedGradients(model, self.parameters) if self.is_sharded else Gradients(self.parameters.values())
+        )
         self.optimizer = make_optimizer(self.policy, self.config)
         remembers = self.config.rates.vision == 0 and self.config.feature_cache_mib > 0
-        self.tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
-        self.steps_done = self.skipped = self._skipped_in_a_row = 0
+        tower = FrozenTower(model, self.config.feature_cache_mib << 20) if remembers else None
+        self.forward = Forward(model, self.config, self.device, tower, is_compiled=is_compiled)
+        self.average = Average(self.parameters, self.config.ema_decay) if self.config.ema_decay else None
         names = work.kinds.names if work.kinds else []
         self.tally, self.held_out_tally = Tally(names, self.device), Tally(names, self.device)
-        counter = FlopCounter(model.config, self.config.rates)
-        self.meter = Meter(self.device, counter, work.peak_flops, self.tower)
+        counter = FlopCounter(model.config, self.config.rates, cached=work.has_features, adapters=has_adapters)
+        self.meter = Meter(self.device, counter, work.peak_flops, tower)
+        self._picture_side = int(model.config.vision_config.image_size)
+        self.steps_done = self.skipped = self._skipped_in_a_row = 0
 
     def run(self, state: State | None = None) -> None:
         """Carry the plan out, from its start or from a checkpoint's state.
@@ -121,6 +140,10 @@ class Trainer:
         if state is not None:
             self.restore(state)
         self.model.train()
+        with self.forward.ready():
+            self._carry_out()
+
+    def _carry_out(self) -> None:
         hooks, num_steps = self.work.hooks, self.work.plan.num_steps
         every_save, every_eval = self.config.checkpoint_every_steps, self.config.eval_every_steps
         every_sources = self.config.show.sources_every_steps
@@ -141,9 +164,24 @@ class Trainer:
                     "the same command continues."
                 )
 
+    def finish(self) -> dict[str, str]:
+        """Behind the last step: a whole model with learned rows in their places; hashes of the frozen modules.
+
+        Raises:
+            CheckpointError: frozen weights have changed.
+        """
+        if self.average is not None:
+            self.average.keep()
+        if self.is_sharded:
+            unshard(self.model)
+        frozen = self.policy.finish()
+        if self.config.lora.rank:
+            merge_adapters(self.model.language)
+        return frozen
+
     def state(self) -> State:
-        """What a checkpoint holds; its tensors are the live ones."""
-        return {
+        """What a checkpoint holds; its tensors are the live ones.  Workers that share weights ask together."""
+        state = {
             "steps_done": self.steps_done,
             "skipped": self.skipped,
             "plan": self.work.plan.fingerprint,
@@ -151,14 +189,20 @@ class Trainer:
             "seed": self.config.seed,
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values if self.average is not None else {},
         }
+        return whole_tensors(state) if self.is_sharded else state  # type: ignore[no-any-return]
 
     def restore(self, state: State) -> None:
         """Go back to a checkpoint's state."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state["weights"][name])
+                parameter.copy_(like(parameter, state["weights"][name]))
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.is_sharded:
+            shard_optimizer_state(self.optimizer)
+        if self.average is not None:
+            self.average.restore(state["average"])
         self.steps_done, self.skipped = int(state["steps_done"]), int(state["skipped"])
 
     def held_out_loss(self) -> float:
@@ -166,10 +210,11 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
+        averaged = nullcontext() if self.average is None else self.average.in_place()
+        with torch.no_grad(), self.forward.ready(), averaged:
             for batches, _ in self._stream(self.work.validation, 0):
                 for batch in batches:
-                    loss, supervised = self._loss(batch.to(self.device))
+                    loss, supervised = self._loss(batch, self.held_out_tally)
                     totals += torch.tensor([float(loss), float(supervised)], dtype=torch.float64)
         self.model.train(was_training)
         totals = totals.to(self.device)
@@ -185,15 +230,16 @@ class Trainer:
         self.tally.begin()
         self.gradients.clear()
         losses = []
-        for batch in batches:
-            loss, supervised = self._loss(batch.to(self.device))
+        for number, batch in enumerate(batches, start=1):
+            self.gradients.before_backward(is_last=number == len(batches))
+            loss, supervised = self._loss(batch, self.tally)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             self.gradients.add_loss(loss, supervised)
             losses.append(loss.detach())
         if self.work.hooks.wants_to_stop():
             self.gradients.add_wish_to_stop()
-        self.collective.sum(self.gradients.flat)
+        self.gradients.reduce(self.collective)
         mean_loss, norm = self.gradients.normalise(self.config.clip)
         loss_value, norm_value, wishes = torch.stack([mean_loss, norm, self.gradients.totals[2]]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -203,37 +249,19 @@ class Trainer:
         set_rates(self.optimizer, rate_factor(self.config, step, self.work.plan.num_steps))
         self.optimizer.step()
         self.tally.keep()
+        if self.average is not None:
+            self.average.update()
         self.steps_done = step + 1
         seconds = waited + time.perf_counter() - started
         self.work.hooks.on_step(self._record(step, loss_value, norm_value, seconds, waited))
         return bool(wishes)
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Summed loss and the number of tokens that it covers."""
-        with self._precision():
-            output = self.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                labels=batch.labels,
-                **self._pictures(batch),
-                loss_reduction="sum",
-                use_cache=False,
-            )
+    def _loss(self, batch: Batch, tally: Tally) -> tuple[torch.Tensor, int]:
+        """Summed loss and the number of tokens that it covers; each token's loss goes to its kind."""
+        loss, each = self.forward.loss(batch)
         if batch.kinds is not None:
-            tally = self.tally if self.model.training else self.held_out_tally
-            tally.add(output.token_losses, batch.kinds)
-        return output.loss, output.num_supervised
-
-    def _pictures(self, batch: Batch) -> dict[str, torch.Tensor | None]:
-        """The pictures of a batch, or what the frozen tower makes of them."""
-        if self.tower is None or batch.pixels is None:
-            return {"pixel_values": batch.pixel_values}
-        return {"image_features": self.tower(batch.pixels)}
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+            tally.add(each, batch.kinds.to(self.device, non_blocking=True))
+        return loss, len(each)
 
     def _stream(self, plan: Plan, first_step: int) -> Iterator[tuple[list[Batch], float]]:
         """This worker's batches of each step, made while the step before is at work, and seconds waited for them."""
@@ -247,6 +275,10 @@ class Trainer:
                     coming.append(pool.submit(self._batches, plan, step + 1))
                 yield batches, waited
 
+    def batches(self, step: int) -> list[Batch]:
+        """This worker's batches of a step of the plan."""
+        return self._batches(self.work.plan, step)
+
     def _batches(self, plan: Plan, step: int) -> list[Batch]:
         """This worker's share of a step, as tensors."""
         packs = [pack for pack in plan.packs(step, self.collective.rank, self.collective.world) if pack]
@@ -257,10 +289,19 @@ class Trainer:
             loaded = [(pack, samples) for pack in one if (samples := self.work.source.load(pack, at))]
             if loaded:
                 made.append(self._batch(*zip(*loaded, strict=True)))
+        if self.is_sharded:
+            made += [nothing(self.work.pad_token_id)] * (self._most_batches(plan, step) - len(made))
+            made = [with_pixels(batch, self._picture_side) for batch in made]
         if self.config.ledger and at is not None:
             for batch in made:
                 batch.digests  # noqa: B018 (made here, in the thread that has time)
-        return made
+        return [batch.pin() for batch in made] if self.device.type == "cuda" else made
+
+    def _most_batches(self, plan: Plan, step: int) -> int:
+        """Batches of the worker that has most in a step."""
+        world, most = self.collective.world, (self.config.packs_per_batch, self.config.tokens_per_batch)
+        shares = ([pack for pack in plan.packs(step, rank, world) if pack] for rank in range(world))
+        return max(len(group(share, *most)) for share in shares)
 
     def _batch(self, packs: Sequence[Pack], samples: Sequence[Sequence[Sample]]) -> Batch:
         batch, kinds = assemble(samples, self.work.pad_token_id, packs), self.work.kinds

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyvlm.errors import ConfigError
+from tinyvlm.train.collective import Collective
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.settings import TrainConfig
 
@@ -45,6 +46,13 @@ class Gradients:
     def clear(self) -> None:
         """Set everything to 0 for the next step."""
         self.flat.zero_()
+
+    def before_backward(self, *, is_last: bool) -> None:
+        """Nothing: gradients add up here, and are summed once a step."""
+
+    def reduce(self, collective: Collective) -> None:
+        """Sum over all workers."""
+        collective.sum(self.flat)
 
     def add_loss(self, loss: Tensor, num_supervised: int) -> None:
         """Note a summed loss and how many tokens it covers."""

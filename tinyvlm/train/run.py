@@ -53,6 +53,7 @@ class TrainingRun:
         prepare: folders of conversations and the identity of each, in the order in which they are read.
         init: the model folder to start from; "" builds one from `recipe["model"]`.
         inputs: what is read, by name, with its identity.
+        features: encode folders, where features are stored ones.
     """
 
     stage: str
@@ -62,6 +63,7 @@ class TrainingRun:
     init: str
     inputs: Mapping[str, str]
     root: str
+    features: tuple[str, ...] = ()
     folder: Path = field(init=False)
     fingerprint: str = field(init=False)
 
@@ -132,7 +134,8 @@ class TrainingRun:
         return manifest
 
     def _folders(self) -> dict[str, str]:
-        return {"prepare": ", ".join(self.prepare), "init": self.init or "built"}
+        folders = {"prepare": ", ".join(self.prepare), "init": self.init or "built"}
+        return folders | ({"encode": ", ".join(self.features)} if self.features else {})
 
 
 def open_run(
@@ -153,7 +156,12 @@ def open_run(
     elif BEFORE[stage]:
         before = find_folder(inputs, BEFORE[stage], stage).absolute()
         init, identities["init"] = str(before / "model"), Manifest.read(before).identity
-    return TrainingRun(stage, config, recipe, prepare, init, identities, str(root.absolute()))
+    features: tuple[str, ...] = ()
+    if config.features == "stored":
+        encoded = [folder.absolute() for folder in find_folders(inputs, "encode", stage)]
+        features = tuple(map(str, encoded))
+        identities["encode"] = settings.fingerprint([Manifest.read(folder).identity for folder in encoded])
+    return TrainingRun(stage, config, recipe, prepare, init, identities, str(root.absolute()), features)
 
 
 def _given_model(stage: str, path: Path) -> tuple[str, str]:

@@ -30,6 +30,22 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of the language model (adapters.py); its own weights are frozen then."""
+
+    rank: int = 0
+    """0: no adapters."""
+    alpha: float = 16.0
+    """Adapters count alpha ÷ rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha <= 0 or (self.rank and not self.targets):
+            raise ConfigError(f"lora wants a rank of 0 or more, an alpha above 0 and some targets, not {self}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What is learned from, in which order, by which rule."""
 
@@ -37,6 +53,9 @@ class TrainConfig:
     init: str = ""
     """Model folder to start from; "" means the model of the stage before, or for the first stage a newly built one."""
     rates: Rates = field(default_factory=Rates)
+    features: Literal["live", "stored"] = "live"
+    """live: pictures themselves; stored: what the stage `encode` made of them, for a frozen tower (stored.py)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 150
     epochs: int = 1
@@ -66,6 +85,9 @@ class TrainConfig:
     """Of a step whose loss or gradient is no finite number: end the run, or leave the weights as they are and go on."""
     on_bad_picture: Literal["stop", "skip"] = "stop"
     """Of a picture that cannot be decoded any more: end the run, or leave its conversation out of its pack."""
+    ema_decay: float = 0.0
+    """Above 0: held-out losses and the saved model are those of a moving average of the weights that keeps so much of
+    itself in each step; 0: of the weights themselves."""
     seed: int = 42
     max_validation: int = 2048
     """Conversations of the validation split that the held-out loss is measured on."""
@@ -90,10 +112,20 @@ class TrainConfig:
     """Most tokens, padding included, that go through the model at once; 0 means no limit."""
     cache_mib: int = speed(256)
     """Memory of each worker for encoded samples."""
+    parallel: Literal["ddp", "fsdp"] = speed("ddp")
+    """ddp: every worker holds all weights; fsdp: weights, gradients and optimizer state are sharded (sharding.py)."""
+    attention: Literal["auto", "packed", "masked"] = speed("auto")
+    """packed: no mask and no padding (attention.py); masked: what transformers does; auto: packed where it runs."""
+    compile: Literal["auto", "on", "off"] = speed("auto")
+    """torch.compile for each layer; auto: on a GPU.  The last bits of results may change."""
+    gradient_checkpointing: bool = speed(False)
+    """Compute layers again in the backward pass, which takes a third more time and much less memory."""
     feature_cache_mib: int = speed(0)
     """Memory of each worker for what a frozen vision tower made of pictures; they come again if epochs are many."""
     show: ShowConfig = speed(ShowConfig())  # noqa: RUF009 (frozen)
     """What the run shows of itself, and where."""
+    stored_features_mib: int = speed(1024)
+    """Memory of each worker for row groups of stored features."""
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -120,9 +152,29 @@ class TrainConfig:
                 "max_validation",
                 "cache_mib",
             ),
-            *("tokens_per_batch", "feature_cache_mib", "checkpoint_every_steps", "eval_every_steps"),
-            "keep_best_checkpoints",
+            *(
+                "tokens_per_batch",
+                "feature_cache_mib",
+                "stored_features_mib",
+                "checkpoint_every_steps",
+                "eval_every_steps",
+                "keep_best_checkpoints",
+            ),
         )
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
+            raise ConfigError(
+                "optimizer='adamw8bit' cannot work on the shards of parallel='fsdp' (bitsandbytes refuses DTensors); "
+                "set parallel='ddp', or optimizer='adamw', whose state fsdp shards."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be at least 0 (off) and below 1, but is {self.ema_decay}.")
+        if self.lora.rank and not self.rates.language:
+            raise ConfigError("lora.rank is set while rates.language is 0, so the adapters would not learn; set one.")
+        if self.features == "stored" and self.rates.vision:
+            raise ConfigError(
+                "features='stored' wants a frozen tower: a hot one makes other features after every step. "
+                "Set rates.vision=0, or features='live'."
+            )

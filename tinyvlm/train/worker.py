@@ -45,6 +45,7 @@ from tinyvlm.train.loop import Hooks, Trainer, Work
 from tinyvlm.train.meter import device_rate
 from tinyvlm.train.reading import Window, group_sizes, reading
 from tinyvlm.train.run import WARNINGS_FILE, TrainingRun
+from tinyvlm.train.stored import open_features
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,17 @@ def _carry_out(
     if collective.rank == 0:
         numbers = metrics.MetricsFile(run.folder / "metrics.jsonl", collective.world, about, started)
     config = run.config
+    stored = None
+    if run.features:
+        picture, num_tokens = processor.picture, processor.num_image_tokens
+        stored = open_features(run.features, model, picture, num_tokens, config.stored_features_mib << 20)
     source = Conversations(
         data_files(map(Path, run.prepare)),
         processor,
         window=Window.of(training, collective.rank, collective.world),
         cache_bytes=config.cache_mib << 20,
         skip_bad_pictures=config.on_bad_picture == "skip",
+        stored=stored,
     )
     hooks = Hooks(
         on_held_out=lambda step, loss, seconds: on_held_out(step, loss),
@@ -114,12 +120,16 @@ def _carry_out(
         new_token_ids=processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)),
         kinds=Kinds(_read_lengths(lengths)) if config.show.sources_every_steps else None,
         peak_flops=peak,
+        has_features=stored is not None,
         hooks=hooks,
     )
     trainer = Trainer(model.to(device), work, collective)
+    if collective.rank == 0:
+        for line in trainer.policy.lines():
+            log.info("%s learns · %s", run.stage, line)
     trainer.run(state)
     hooks.settle()
-    frozen = trainer.policy.finish()
+    frozen = trainer.finish()
     if numbers is not None:
         try:
             numbers.close()
