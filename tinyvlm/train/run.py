@@ -180,7 +180,7 @@ def run_local(run: TrainingRun) -> Manifest:
     started = time.perf_counter()
     with Lease.take(run.folder) as lease:
         if not run.is_trained:
-            with shown(run, lambda checkpoint: Subprocess(run, checkpoint)) as follower, followed(follower):
+            with shown(run, lambda: Subprocess(run)) as follower, followed(follower):
                 carry_out(run, Alone(), lease.number)
                 evaluate_finished(run)
         return run.finish(time.perf_counter() - started)
