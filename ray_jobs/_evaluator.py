@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray_jobs._cluster import StageResources
 from tinyvlm.train.run import TrainingRun
 
 
-def starter(ray: Any, training: TrainingRun, resources: StageResources) -> Callable[[Path], EvaluationTask]:
-    """What begins the evaluation of a checkpoint."""
-    return lambda checkpoint: EvaluationTask(ray, training, checkpoint, resources)
+def starter(ray: Any, training: TrainingRun, resources: StageResources) -> Callable[[], EvaluationTask]:
+    """What begins the evaluation of the newest checkpoint."""
+    return lambda: EvaluationTask(ray, training, resources)
 
 
 class EvaluationTask:
     """One evaluation; where there is no room for it yet, it waits, and training does not."""
 
-    def __init__(self, ray: Any, training: TrainingRun, checkpoint: Path, resources: StageResources) -> None:
+    def __init__(self, ray: Any, training: TrainingRun, resources: StageResources) -> None:
         self._ray = ray
         # A process that is used once: it makes itself less important, for good.
         task = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_calls=1, max_retries=0)(
             _evaluate
         )
-        self._answer = task.remote(training, checkpoint)
+        self._answer = task.remote(training)
 
     def is_running(self) -> bool:
         """It is not over yet."""
@@ -44,7 +43,7 @@ class EvaluationTask:
         self._ray.cancel(self._answer, force=True)
 
 
-def _evaluate(training: TrainingRun, checkpoint: Path) -> None:
+def _evaluate(training: TrainingRun) -> None:
     from tinyvlm.train.evaluate import beside
 
-    beside(training, checkpoint)
+    beside(training)

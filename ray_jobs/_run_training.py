@@ -124,7 +124,7 @@ def _spare(ray: Any, size: int, resources: StageResources) -> StageResources:
     return StageResources(num_cpus=EACH.num_cpus, num_gpus=1.0 if spare >= 1 else 0.0)
 
 
-def _fit(training: TrainingRun, trainer: Any, evaluate: Callable[[Path], EvaluationTask]) -> None:
+def _fit(training: TrainingRun, trainer: Any, evaluate: Callable[[], EvaluationTask]) -> None:
     """Run the trainer in a thread of its own, for Ray takes Ctrl-C away from the main thread if it may."""
     failures: list[BaseException] = []
 

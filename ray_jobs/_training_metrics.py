@@ -22,9 +22,9 @@ GAUGES = {
     "tinyvlm_train_loss": "Of the last step, per supervised token",
     "tinyvlm_train_gradient_norm": "Before clipping",
     "tinyvlm_train_step_seconds": "Of the last step",
-    "tinyvlm_train_mfu": "Share of the devices' matrix rate that the model's operations take, 0 … 1",
-    "tinyvlm_train_data_wait": "Share of the last step that waited for data, 0 … 1",
-    "tinyvlm_train_goodput": "Share of the working time that was in steps that count, 0 … 1",
+    "tinyvlm_train_mfu": "Share of the devices' matrix rate that the model's operations take, 0 to 1",
+    "tinyvlm_train_data_wait": "Share of the last step that waited for data, 0 to 1",
+    "tinyvlm_train_goodput": "Share of the working time that was in steps that count, 0 to 1",
     "tinyvlm_train_memory_bytes": "Resident memory of worker 0",
     "tinyvlm_train_device_bytes": "The most that worker 0 has had allocated on its GPU",
     "tinyvlm_train_held_out_loss": "Per supervised token, at its last measurement",
@@ -33,7 +33,7 @@ TAGGED = {
     "tinyvlm_train_learning_rate": ("module", "Of each module that learns"),
     "tinyvlm_train_source_loss": ("source", "Per supervised token, over the last steps"),
     "tinyvlm_train_held_out_source_loss": ("source", "Per supervised token, at its last measurement"),
-    "tinyvlm_train_bleu": ("order", "Of held-out captions, 0 … 1, for the orders 1 to 4"),
+    "tinyvlm_train_bleu": ("order", "Of held-out captions, 0 to 1, for the orders 1 to 4"),
 }
 """Gauges with a tag besides the stage."""
 SECONDS_LEFT = "tinyvlm_seconds_left"
@@ -91,4 +91,5 @@ class TrainingMetrics:
         whole = f"tinyvlm_train_{name}"
         tag = TAGGED[whole][0]
         for key, value in values.items():
-            self._tagged[whole].set(value, {**self._stage, tag: key})
+            in_ascii = key.encode("ascii", "replace").decode()  # Ray raises on other letters
+            self._tagged[whole].set(value, {**self._stage, tag: in_ascii})

@@ -21,7 +21,7 @@ from training_data import prepare_folder, rows
 from tinyvlm import config
 from tinyvlm.data.mixture import MixtureConfig
 from tinyvlm.errors import DataError, Interrupted
-from tinyvlm.train import ledger, metrics
+from tinyvlm.train import evaluations, ledger, metrics
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
 from tinyvlm.train.shown import ShowConfig
@@ -107,6 +107,31 @@ def test_a_killed_worker_is_a_pause(tmp_path: Path) -> None:
     assert [line["step"] for line in numbers.steps] == list(range(1, 61))
     run_local(straight := stage(tmp_path / "straight", steps=60))
     assert losses(run)[:20] == pytest.approx(losses(straight)[:20], abs=1e-4)
+
+
+def test_checkpoints_are_evaluated_beside_the_training(tmp_path: Path) -> None:
+    from ray_jobs import _run_training
+
+    made = rows()
+    for row in made:
+        row["family"] = "caption" if row["family"] == "vqa" else row["family"]
+    mixture = MixtureConfig(weights={"caption": 1.0, "multi_turn": 1.0})
+    show = ShowConfig(trackers=("tensorboard",), bleu_every_steps=2, max_new_tokens=8)
+    # Long enough for an evaluation, which starts a process, to end before the training.
+    run = stage(tmp_path, made, mixture=mixture, show=show, steps=400, epochs=400, eval_every_steps=0)
+    _run_training.run_training(run, 2)
+    told = evaluations.read(run.folder)
+    assert [one for one in told if "failed" in one] == []
+    assert len(told) >= 2
+    assert told[-1]["step"] == 400, "the finished model"
+    assert told[0]["step"] < 400
+    assert all(len(one["bleu"]) == 4 for one in told)
+    statistics = json.loads((run.folder / "stats.json").read_text())
+    (curve,) = [chart for chart in statistics["charts"] if chart["title"] == "BLEU of held-out captions"]
+    assert len(curve["series"]["BLEU-4"]["x"]) == len(told)
+    (events,) = (run.folder / "tensorboard").glob("events.*")
+    assert events.read_bytes().count(b"train/loss") >= 400
+    assert b"held_out/bleu_4" in events.read_bytes()
 
 
 @pytest.mark.slow

@@ -57,6 +57,33 @@ def test_both_get_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert runs[0].stat().st_size > 100
 
 
+def test_tensorboard_hides_what_a_resume_repeats(tmp_path: Path) -> None:
+    board = tracking.TensorBoard(tmp_path)
+    for step in (1, 2, 3, 2, 3):
+        board.log(step, {"train/loss": 1.0})
+        board.log(max(1, step - 1), {"held_out/bleu_4": 0.1})  # comes late, and hides nothing
+    board.close()
+    again = tracking.TensorBoard(tmp_path)
+    again.log(3, {"train/loss": 1.0})
+    again.close()
+    found = [restarts(path) for path in (tmp_path / "tensorboard").glob("events.*")]
+    assert sorted(step for steps in found for step in steps) == [2, 3]
+
+
+def restarts(path: Path) -> list[int]:
+    """Steps from which on an event file hides what others say: TFRecords of (length, checksum, event, checksum)."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    content, place, steps = path.read_bytes(), 0, list[int]()
+    while place < len(content):
+        length = int.from_bytes(content[place : place + 8], "little")
+        event = Event.FromString(content[place + 12 : place + 12 + length])
+        if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+            steps.append(event.step)
+        place += 16 + length
+    return steps
+
+
 def test_without_a_key_wandb_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -17,7 +17,7 @@ from training_data import prepare_folder, rows
 
 from tinyvlm import config
 from tinyvlm.errors import ConfigError
-from tinyvlm.train import checkpoint, evaluate, evaluations, meter, metrics
+from tinyvlm.train import evaluate, evaluations, meter, metrics
 from tinyvlm.train.collective import Alone, Collective
 from tinyvlm.train.evaluations import Evaluations
 from tinyvlm.train.flops import FlopCounter
@@ -32,6 +32,7 @@ from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
 from tinyvlm.train.shown import ShowConfig
 from tinyvlm.train.tracking import Tracking, named
+from tinyvlm.train.worker import start_model
 
 
 def mixed_rows(number: int = 60) -> list[dict[str, Any]]:
@@ -277,8 +278,8 @@ def test_trackers_are_chosen_and_switched_off() -> None:
 
 
 class Job:
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint, self.running, self.reason, self.stopped = checkpoint, True, "", False
+    def __init__(self) -> None:
+        self.running, self.reason, self.stopped = True, "", False
 
     def is_running(self) -> bool:
         return self.running
@@ -299,8 +300,8 @@ def checkpoint_at(folder: Path, step: int) -> None:
 def test_evaluations_take_the_newest_checkpoint_one_at_a_time(tmp_path: Path) -> None:
     jobs: list[Job] = []
 
-    def start(checkpoint: Path) -> Job:
-        jobs.append(Job(checkpoint))
+    def start() -> Job:
+        jobs.append(Job())
         return jobs[-1]
 
     beside = Evaluations(tmp_path, ShowConfig(bleu_every_steps=20), start)
@@ -313,16 +314,19 @@ def test_evaluations_take_the_newest_checkpoint_one_at_a_time(tmp_path: Path) ->
     for step in (40, 50, 60):
         checkpoint_at(tmp_path, step)
         beside.tick()
-    assert [job.checkpoint.name for job in jobs] == ["step-00000030"], "one at a time"
+    assert len(jobs) == 1, "one at a time"
     jobs[0].running = False
-    evaluations.write(tmp_path, 30, {"num_captions": 3, "bleu": [0, 0, 0, 0]})
+    evaluations.write(tmp_path, 50, {"num_captions": 3, "bleu": [0, 0, 0, 0]})  # it took the newest by then
     beside.tick()
-    assert jobs[-1].checkpoint.name == "step-00000060", "what was missed is left out"
+    assert len(jobs) == 1, "what was missed is left out"
+    checkpoint_at(tmp_path, 70)
+    beside.tick()
+    assert len(jobs) == 2
     jobs[-1].running, jobs[-1].reason = False, "out of memory"
     beside.tick()
     assert len(jobs) == 2, "the same checkpoint would fail again"
     assert evaluations.read(tmp_path)[-1]["failed"] == "out of memory"
-    checkpoint_at(tmp_path, 80)
+    checkpoint_at(tmp_path, 90)
     beside.tick()
     beside.stop()
     assert jobs[-1].stopped
@@ -346,15 +350,16 @@ def test_a_checkpoint_is_the_model_that_was_trained(tmp_path: Path) -> None:
     rates = Rates(vision=0.0, connector=1e-3, new_tokens=1e-2)
     run = stage(tmp_path, rates=rates, checkpoint_every_steps=4, steps=5)
     run_local(run)
-    state = checkpoint.load(checkpoint.place_of(run.folder / "checkpoints", 4))
-    state["weights"] = {name: value + 1 for name, value in state["weights"].items()}
-    checkpoint.save(run.folder / "checkpoints", 4, state, keep=5)
-    step, model, processor = evaluate._model_at(run, run.folder / "checkpoints" / "step-00000004")
+    (saved,) = (run.folder / "checkpoints" / "step-00000004").glob("*.pt")
+    state = torch.load(saved, weights_only=True)
+    step, model, processor = evaluate.newest_model(run)
     assert step == 4
     own = model.state_dict()
     ids = processor.tokenizer.convert_tokens_to_ids(["<IMAGE>"])
     connector = {name: value for name, value in state["weights"].items() if name.startswith("connector.")}
     assert hash_tensors(list(connector.items())) == hash_tensors([(name, own[name]) for name in connector])
+    first = dict(start_model(run)[0].named_parameters())
+    assert not any(torch.equal(own[name], first[name]) for name in connector)
     rows = model.get_input_embeddings().weight
     assert torch.equal(rows[ids[0]], state["weights"]["new_tokens.rows"][0])
 
@@ -416,7 +421,7 @@ def test_a_process_beside_the_training_evaluates(tmp_path: Path) -> None:
     show = dataclasses.replace(run.config.show, bleu_every_steps=2)
     object.__setattr__(run, "config", dataclasses.replace(run.config, show=show))
     heard: list[Any] = []
-    with shown(run, lambda checkpoint: evaluate.Subprocess(run, checkpoint), heard.append) as follower:
+    with shown(run, lambda: evaluate.Subprocess(run), heard.append) as follower:
         deadline = time.monotonic() + 100
         while not heard and time.monotonic() < deadline:
             follower.tick()

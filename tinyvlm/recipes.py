@@ -30,6 +30,7 @@ from tinyvlm.eval.answers import EvaluateConfig
 from tinyvlm.images import LimitConfig, PictureConfig
 from tinyvlm.serve.settings import ServeConfig
 from tinyvlm.train.settings import Rates, TrainConfig
+from tinyvlm.train.shown import ShowConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,7 @@ def tiny() -> Recipe:
         checkpoint_every_steps=100,
         eval_every_steps=0,
         max_validation=256,
+        show=ShowConfig(bleu_every_steps=100, bleu_captions=128),
     )
     return Recipe(
         name="tiny",

@@ -1,10 +1,10 @@
 """A model's greedy answers on held-out conversations: BLEU of its captions, and a sheet of samples.
 
     validation.parquet ──a fixed shuffle──▶ captions, pictures for the sheet ──▶ Questions
-    checkpoint's weights over the model it started from, or model/ ──Engine, greedy──▶ answers ──▶ evaluations/
+    the newest checkpoint's weights over the first ones, or model/ ──Engine, greedy──▶ answers ──▶ evaluations/
 
-Run as a program (`python -m tinyvlm.train.evaluate`), it takes a pickled (TrainingRun, checkpoint) on its input: this
-is how `run_local` evaluates beside the training.
+Run as a program (`python -m tinyvlm.train.evaluate`), it takes a pickled TrainingRun on its input: this is how
+`run_local` evaluates beside the training.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tinyvlm import chat
 from tinyvlm.chat import Message
 from tinyvlm.data.conversations import messages_of
 from tinyvlm.data.samples import Place, rows_at, sheet_item
-from tinyvlm.errors import InputError
+from tinyvlm.errors import CheckpointError, InputError
 from tinyvlm.eval.captions import corpus_bleu
 from tinyvlm.folders import write_atomic
 from tinyvlm.generation import Engine, Sampling
 from tinyvlm.images import ImageError
 from tinyvlm.model import Sample, load
-from tinyvlm.train import checkpoint as checkpoints
-from tinyvlm.train import evaluations
+from tinyvlm.train import checkpoint, evaluations
+from tinyvlm.train.adapters import add_adapters, merge_adapters
 from tinyvlm.train.data import data_files
 from tinyvlm.train.freeze import FreezePolicy
 from tinyvlm.train.plan import Plan
@@ -46,6 +46,8 @@ from tinyvlm.train.worker import start_model
 
 log = logging.getLogger(__name__)
 
+TRIES = 3
+"""How often the newest checkpoint is looked for: the training deletes old ones, at times while they are being read."""
 _COLUMNS = ("family", "messages", "images", "meta")
 
 
@@ -65,10 +67,14 @@ class Question:
         return self.messages[-1].text.strip()
 
 
-def evaluate_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
-    """Measure BLEU with a checkpoint's weights, and write it down."""
+def evaluate_newest(run: TrainingRun) -> None:
+    """Measure BLEU with the newest checkpoint's weights, and write it down.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
     started = time.perf_counter()
-    step, model, processor = _model_at(run, checkpoint)
+    step, model, processor = newest_model(run)
     engine = Engine(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
     captions, _ = held_out_questions(run, run.config.show.bleu_captions, 0)
     evaluations.write(run.folder, step, _bleu(run, engine, captions, started))
@@ -176,23 +182,43 @@ def _write_samples(run: TrainingRun, step: int, shown: Sequence[Question], answe
     write_atomic(run.folder / "evaluations" / "samples.json", json.dumps({"step": step, "items": items}))
 
 
-def _model_at(run: TrainingRun, checkpoint: Path) -> tuple[int, Any, Any]:
-    """Step, model and processor: the model that the run started from, with a checkpoint's weights in their places."""
+def newest_model(run: TrainingRun) -> tuple[int, Any, Any]:
+    """Step, model and processor: the model that the run started from, with the newest weights in their places.
+
+    Raises:
+        CheckpointError: there is no checkpoint that can be read.
+    """
     model, processor = start_model(run)
-    policy = FreezePolicy(model, run.config.rates, processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)))
-    state = checkpoints.load(checkpoint)
+    state, has_adapters = _newest_state(run), run.config.lora.rank > 0
+    if has_adapters:
+        add_adapters(model.language, run.config.lora, run.config.seed)
+    new_tokens = processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS))
+    policy = FreezePolicy(model, run.config.rates, new_tokens, adapters_only=has_adapters)
+    weights = state["average"] or state["weights"]
     with torch.no_grad():
         for name, parameter in policy.parameters().items():
-            parameter.copy_(state["weights"][name])
+            parameter.copy_(weights[name])
     if policy.new_rows is not None:
         policy.new_rows.merge()
+    if has_adapters:
+        merge_adapters(model.language)
     return int(state["steps_done"]), model.eval(), processor
 
 
-class Subprocess:
-    """`evaluate_checkpoint` in a process of its own, of low priority."""
+def _newest_state(run: TrainingRun) -> checkpoint.State:
+    fingerprint = Plan.load(run.folder / "plan.parquet").fingerprint
+    root = checkpoint.root_of(run.folder, run.config.checkpoints_at)
+    for _ in range(TRIES):
+        state = checkpoint.load_newest(root, fingerprint, log.info)
+        if state is not None:
+            return state
+    raise CheckpointError(f"{run.folder} has no checkpoint that can be read.")
 
-    def __init__(self, run: TrainingRun, checkpoint: Path) -> None:
+
+class Subprocess:
+    """`beside` in a process of its own."""
+
+    def __init__(self, run: TrainingRun) -> None:
         run.folder.joinpath("evaluations").mkdir(exist_ok=True)
         self._log = run.folder / "evaluations" / "log.txt"
         with self._log.open("ab") as log_file:
@@ -200,7 +226,7 @@ class Subprocess:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log_file, stderr=log_file)
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
-            stdin.write(pickle.dumps((run, checkpoint)))
+            stdin.write(pickle.dumps(run))
 
     def is_running(self) -> bool:
         return self._process.poll() is None
@@ -213,12 +239,12 @@ class Subprocess:
         self._process.wait()
 
 
-def beside(run: TrainingRun, checkpoint: Path) -> None:
-    """`evaluate_checkpoint`, giving way to everything else on this machine."""
+def beside(run: TrainingRun) -> None:
+    """`evaluate_newest`, giving way to everything else on this machine."""
     os.nice(10)
     torch.set_num_threads(1)
-    evaluate_checkpoint(run, checkpoint)
+    evaluate_newest(run)
 
 
 if __name__ == "__main__":
-    beside(*pickle.load(sys.stdin.buffer))
+    beside(pickle.load(sys.stdin.buffer))

@@ -1,8 +1,8 @@
-"""Evaluations of checkpoints: what is on disk, and when the next one is due.  What is done is in evaluate.py.
+"""Evaluations of checkpoints: what is on disk, and when one is due.  What is done is in evaluate.py.
 
-    checkpoints/step-…  ──the newest, if it is far enough past the last──▶ a process of its own
-                                                                           │
-    evaluations/step-00000500.json   {"step", "bleu": [4], …} or {"step", "failed": why}  ◀──┘
+    checkpoints/step-…  ──the newest is far enough past the last evaluated──▶ a process of its own takes the newest
+                                                                               │
+    evaluations/step-00000500.json   {"step", "bleu": [4], …} or {"step", "failed": why}  ◀──────┘
     evaluations/samples.json         the finished model's answers about held-out pictures
 
 Training never waits for an evaluation: while one is at work, checkpoints come and go; the next one takes the newest.
@@ -66,18 +66,18 @@ class Evaluations:
 
     Args:
         folder: of the run.
-        start: begins the evaluation of a checkpoint's folder.
+        start: begins the evaluation of the newest checkpoint.
         checkpoints: where those are, if not in the run's folder.
     """
 
     def __init__(
-        self, folder: Path, config: ShowConfig, start: Callable[[Path], Job], checkpoints: Path | None = None
+        self, folder: Path, config: ShowConfig, start: Callable[[], Job], checkpoints: Path | None = None
     ) -> None:
         self._folder, self._start = folder, start
         self._checkpoints = checkpoints or folder / "checkpoints"
         self._every = config.bleu_every_steps if config.bleu_captions else 0
-        done = read(folder)
-        self._last = max((int(told["step"]) for told in done), default=0)
+        self._last = 0
+        self._look()
         self._job: Job | None = None
 
     def tick(self) -> None:
@@ -92,7 +92,7 @@ class Evaluations:
 
         newest = max(checkpoint.complete(self._checkpoints), default=None)
         if newest is not None and (step := _step_of(newest)) >= self._last + self._every:
-            self._job, self._last = self._start(newest), step
+            self._job, self._last = self._start(), step
 
     def stop(self) -> None:
         """No more; the one at work is given up, for the finished model is measured anyway."""
@@ -104,13 +104,17 @@ class Evaluations:
                 self._close(self._job)
             self._job = None
 
+    def _look(self) -> None:
+        self._last = max([self._last, *(int(told["step"]) for told in read(self._folder))])
+
     def _close(self, job: Job) -> None:
         self._job = None
         reason = job.failure()
         if reason:
             log.warning("the checkpoint of step %d was not evaluated: %s", self._last, reason)
             write(self._folder, self._last, {"failed": reason})
-        elif not any(told.get("num_captions") for told in read(self._folder)):
+        self._look()
+        if not reason and not any(told.get("num_captions") for told in read(self._folder)):
             log.info("no held-out captions: BLEU is not measured")
             self._every = 0
 

@@ -90,11 +90,11 @@ def to_trackers(tracking: Tracking) -> Listener:
 
 
 @contextlib.contextmanager
-def shown(run: TrainingRun, evaluate: Callable[[Path], Job], *listeners: Listener) -> Iterator[Follower]:
+def shown(run: TrainingRun, evaluate: Callable[[], Job], *listeners: Listener) -> Iterator[Follower]:
     """A follower that feeds the run's trackers and has its checkpoints evaluated; call its `tick` often.
 
     Args:
-        evaluate: begins the evaluation of a checkpoint.
+        evaluate: begins the evaluation of the newest checkpoint.
         listeners: who else wants to know.
     """
     show = run.config.show

@@ -195,7 +195,7 @@ def run_local(run: TrainingRun) -> Manifest:
     with Lease.take(run.folder) as lease:
         if not run.is_trained:
             with (
-                shown(run, lambda checkpoint: Subprocess(run, checkpoint)) as follower,
+                shown(run, lambda: Subprocess(run)) as follower,
                 followed(follower),
                 sigterm_noticed() as asked,
             ):

@@ -48,21 +48,30 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files that TensorBoard reads."""
+    """Event files that TensorBoard reads.  Steps that a resume repeats hide those of the first time."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._folder, self._last_step = folder / "tensorboard", 0
+        self._writer = self._open(None)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """One scalar for each number."""
+        if "train/loss" in numbers:
+            is_first, self._last_step, last = self._last_step == 0, step, self._last_step
+            if step <= last or (is_first and step > 1):
+                self._writer.close()
+                self._writer = self._open(step)
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush."""
         self._writer.close()
+
+    def _open(self, first_step: int | None) -> Any:
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=first_step)
 
 
 class Wandb:
