@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny_model import PICTURE, save_parts
@@ -25,6 +26,9 @@ from tinyvlm.train import evaluations, ledger, metrics
 from tinyvlm.train.run import TrainingRun, open_run, run_local
 from tinyvlm.train.settings import Rates, TrainConfig
 from tinyvlm.train.shown import ShowConfig
+
+if TYPE_CHECKING:
+    from ray_jobs._evaluator import EvaluationTask
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -109,20 +113,52 @@ def test_a_killed_worker_is_a_pause(tmp_path: Path) -> None:
     assert losses(run)[:20] == pytest.approx(losses(straight)[:20], abs=1e-4)
 
 
+CAPTIONS = MixtureConfig(weights={"caption": 1.0, "multi_turn": 1.0})
+
+
+def captions() -> list[dict[str, Any]]:
+    """Rows whose single turns are captions."""
+    return [{**row, "family": "caption" if row["family"] == "vqa" else row["family"]} for row in rows()]
+
+
+def test_an_evaluation_is_a_task_of_its_own(tmp_path: Path) -> None:
+    import ray
+
+    from ray_jobs._cluster import StageResources
+    from ray_jobs._evaluator import starter
+
+    def over(job: EvaluationTask) -> str:
+        deadline = time.monotonic() + 100
+        while job.is_running() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return job.failure()
+
+    show = ShowConfig(trackers=(), max_new_tokens=8)
+    run = stage(tmp_path, captions(), mixture=CAPTIONS, show=show, steps=4)
+    run_local(run)
+    for path in evaluations.paths(run.folder):
+        path.unlink()
+    start = starter(ray, run, StageResources(num_cpus=1.0))
+    assert over(start()) == ""
+    (told,) = evaluations.read(run.folder)
+    assert (told["step"], len(told["bleu"])) == (2, 4)
+    shutil.rmtree(run.folder / "checkpoints")
+    assert "CheckpointError" in over(start())
+    waiting = starter(ray, run, StageResources(num_cpus=1000.0))()
+    assert waiting.is_running()
+    waiting.stop()
+
+
+@pytest.mark.slow
 def test_checkpoints_are_evaluated_beside_the_training(tmp_path: Path) -> None:
     from ray_jobs import _run_training
 
-    made = rows()
-    for row in made:
-        row["family"] = "caption" if row["family"] == "vqa" else row["family"]
-    mixture = MixtureConfig(weights={"caption": 1.0, "multi_turn": 1.0})
     show = ShowConfig(trackers=("tensorboard",), bleu_every_steps=2, max_new_tokens=8)
     # Long enough for an evaluation, which starts a process, to end before the training.
-    run = stage(tmp_path, made, mixture=mixture, show=show, steps=400, epochs=400, eval_every_steps=0)
+    run = stage(tmp_path, captions(), mixture=CAPTIONS, show=show, steps=400, epochs=400, eval_every_steps=0)
     _run_training.run_training(run, 2)
     told = evaluations.read(run.folder)
     assert [one for one in told if "failed" in one] == []
-    assert len(told) >= 2
     assert told[-1]["step"] == 400, "the finished model"
     assert told[0]["step"] < 400
     assert all(len(one["bleu"]) == 4 for one in told)

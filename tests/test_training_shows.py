@@ -233,6 +233,13 @@ def test_a_follower_tells_what_is_whole_and_new_once(tmp_path: Path) -> None:
     assert [line["step"] for line in heard] == [2, 4, 4]
 
 
+def test_showing_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    follower = Follower(tmp_path, [], lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    follower.look()
+    follower.look()
+    assert caplog.text.count("not all of the run is shown") == 1
+
+
 def test_names_of_numbers_stay(tmp_path: Path) -> None:
     lines: list[tuple[int, Any]] = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from tinyvlm.train.tracking import Tracking, named, open_tracking
 
 EVERY_S = 1.0
 """How often the folder is looked at."""
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[Mapping[str, Any]], None]
 """Is told a line of metrics.jsonl (metrics.py) or an evaluation (evaluations.py)."""
@@ -43,16 +46,25 @@ class Follower:
         self._offset = path.stat().st_size if path.is_file() else 0
         self._known = set(evaluations.paths(folder))
         self._looked_at = 0.0
+        self._has_failed = False
 
     def tick(self) -> None:
         """Look, if it is time to."""
         if time.monotonic() - self._looked_at >= EVERY_S:
-            self._also()
             self.look()
 
     def look(self) -> None:
-        """Tell what is new."""
+        """Tell what is new.  What goes wrong is told once, and ends nothing."""
         self._looked_at = time.monotonic()
+        try:
+            self._also()
+            self._tell()
+        except Exception as error:  # a full disk, a listener's mistake: no reason to end a training
+            if not self._has_failed:
+                log.warning("not all of the run is shown (%s: %s)", type(error).__name__, error)
+            self._has_failed = True
+
+    def _tell(self) -> None:
         for line in [*self._new_lines(), *self._new_evaluations()]:
             for listener in self._listeners:
                 listener(line)

@@ -22,6 +22,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +72,9 @@ class TensorBoard:
     def _open(self, first_step: int | None) -> Any:
         from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self._folder), purge_step=first_step)
+        # Its own names are those of the second, and two of one second would be one file.
+        suffix = f".{time.time_ns()}"
+        return SummaryWriter(str(self._folder), purge_step=first_step, filename_suffix=suffix)
 
 
 class Wandb:
