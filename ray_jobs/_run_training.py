@@ -170,7 +170,7 @@ def _trainer(
             name=f"{training.folder.name}-{lease_number}",
             storage_path=str(training.folder / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[EndHopelessRuns(training.folder / ERROR_FILE, checkpoints), TakeSigterm()],
+            callbacks=[EndHopelessRuns(training.folder, checkpoints), TakeSigterm()],
         ),
     )
 
