@@ -43,6 +43,8 @@ WORKERS = 2
 EACH = StageResources(num_cpus=1.0, num_gpus=1.0, gpu_optional=True)
 START_TIMEOUT_S = 30
 """Longest that Ray waits for all workers to be there before it tries again, with fewer where that is allowed."""
+RESIZE_EVERY_S = 60.0
+"""An elastic run looks so often whether the cluster has room for more workers; taking them costs a restart."""
 COLLECTIVE_TIMEOUT_S = 600
 """Longest that a worker waits for the others; must cover the slowest one's saving and evaluating."""
 
@@ -183,13 +185,14 @@ def _trainer(
             num_workers=sizes if sizes[0] < sizes[1] else sizes[0],
             use_gpu=bool(resources.num_gpus),
             resources_per_worker=resources.demand,
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
         ),
         run_config=ray.train.RunConfig(
             # A name that was used before would make Ray continue that run by its own lights.
             name=f"{training.folder.name}-{lease_number}",
             storage_path=str(training.folder / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[EndHopelessRuns(training.folder / ERROR_FILE, checkpoints), TakeSigterm()],
+            callbacks=[EndHopelessRuns(training.folder, checkpoints), TakeSigterm()],
         ),
     )
 

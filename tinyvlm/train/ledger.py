@@ -62,8 +62,10 @@ class Ledger:
         os.close(self._file)
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        content = json.dumps(line).encode() + b"\n"
         try:
-            os.write(self._file, json.dumps(line).encode() + b"\n")
+            while content:  # a disk that is nearly full takes a part
+                content = content[os.write(self._file, content) :]
             os.fsync(self._file)
         except OSError as error:
             said = f"The ledger {self.path} cannot be written ({error.strerror}); free some space, or set ledger=false."
