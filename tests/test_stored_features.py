@@ -65,7 +65,7 @@ def encode(root: Path, images: list[dict[str, Any]], storage: FeatureStorage = "
         dtype="float32",
     )
     stage = Encode(settings, PICTURE)
-    run_local(StageRun(stage, open_input([preprocess_folder(table, root)], stage), root))
+    run_local(StageRun(stage, open_input(stage, [preprocess_folder(table, root)]), root))
 
 
 def stage(root: Path, settings: TrainConfig) -> TrainingRun:
