@@ -1,6 +1,6 @@
 """What Ray costs a training run: its time to start, its share of a step, and how two workers compare with one.
 
-    python -m ray_jobs._bench_training [--steps 200] [--json]
+    python -m ray_jobs._bench_training [--steps 200] [--workers 1,2] [--json]
 
     plain, half of the steps ──▶ Ray Train, all steps ──▶ plain, the other half      the same loop, steps, threads
     1 worker, then 2 workers with as many samples each                               (weak scaling)
@@ -69,8 +69,7 @@ def plain(rank: int, world: int, settings: Mapping[str, Any]) -> None:
     """One process of a run without Ray."""
     import torch.distributed as dist
 
-    store = dist.FileStore(str(settings["store"]), world)  # type: ignore[no-untyped-call]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{settings['store']}", rank=rank, world_size=world)
     train(settings)
     dist.destroy_process_group()
 
@@ -113,17 +112,18 @@ def run_ray(world: int, steps: int, folder: Path) -> dict[str, Any]:
     return {"started": started, "connected": connected, **json.loads(out.read_text())}
 
 
-def measure(steps: int) -> dict[str, Any]:
-    """Both numbers of workers, with and without Ray."""
+def measure(steps: int, worlds: Sequence[int]) -> dict[str, Any]:
+    """Each number of workers, with and without Ray; a row is told as soon as it is there."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="tinyvlm-bench-") as name:
         folder = Path(name)
-        for world in (1, 2):
+        for world in worlds:
             before = run_plain(world, steps // 2, folder)
             through = run_ray(world, steps, folder)
             after = run_plain(world, steps - steps // 2, folder)
             without = before["seconds"][WARM_UP:] + after["seconds"][WARM_UP:]
             rows.append(_row(world, without, through))
+            sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     for row in rows:
         row["weak_scaling"] = round(row["samples_per_s"] / row["workers"] / rows[0]["samples_per_s"], 4)
     return {"steps": steps, "tokens": TOKENS, "rows": rows}
@@ -172,6 +172,7 @@ def main(argv: Sequence[str]) -> None:
     """Measure and print; with --worker, be one plain process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each measurement (200)")
+    parser.add_argument("--workers", default="1,2", metavar="N,N", help="numbers of workers (1,2)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -179,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
         rank, world = map(int, options.worker[1].split("/"))
         plain(rank, world, json.loads(options.worker[0]))
         return
-    result = measure(options.steps)
+    result = measure(options.steps, [int(number) for number in options.workers.split(",")])
     sys.stdout.write((json.dumps(result, indent=2) if options.json else as_text(result)) + "\n")
 
 

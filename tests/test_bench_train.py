@@ -1,4 +1,4 @@
-"""The bench of training with a model of a few thousand weights: both sides do the same steps, and all numbers are there."""
+"""The bench of training with a model of a few thousand weights: both sides do the same steps, all numbers are there."""
 
 from __future__ import annotations
 

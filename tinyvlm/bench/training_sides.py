@@ -44,7 +44,7 @@ Outcome = tuple[list[float], list[float], dict[str, float] | None]
 class Padded(TinyVLMForConditionalGeneration):
     """The model with the loss that transformers' own models have."""
 
-    def forward(self, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """All logits, in float32, shifted against the labels."""
         output = super().forward(**kwargs, use_cache=False)
         if labels is not None:
@@ -105,14 +105,14 @@ def padded(task: Task) -> Outcome:
     items = [item for step in steps_of(make_plan(task)) for item in step]
     clock = _Clock(task.device)
 
-    class Watch(transformers.TrainerCallback):
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             clock.begin()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             clock.end()
 
-    class InOrder(transformers.Trainer):
+    class InOrder(transformers.Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if task.side == "grouped":
                 return super()._get_train_sampler(train_dataset)

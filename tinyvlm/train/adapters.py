@@ -40,7 +40,11 @@ def add_adapters(language: Any, config: LoraConfig, seed: int) -> None:
     if unknown:
         raise ConfigError(f"lora.targets has {unknown[0]!r}; the language model has {', '.join(sorted(names))}.")
     wanted = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), lora_dropout=0.0, bias="none"
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
+        target_modules=list(config.targets),
+        lora_dropout=0.0,
+        bias="none",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

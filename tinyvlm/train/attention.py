@@ -81,7 +81,7 @@ def attend(
     if repeats > 1:
         key, value = (side.repeat_interleave(repeats, dim=1) for side in (key, value))
     lengths = list(packed_row.lengths)
-    each = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    each = zip(*(torch.split(side, lengths, dim=2) for side in (query, key, value)), strict=True)
     attended = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in each]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 

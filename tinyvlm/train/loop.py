@@ -191,7 +191,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.values if self.average is not None else {},
         }
-        return whole_tensors(state) if self.is_sharded else state  # type: ignore[no-any-return]
+        return whole_tensors(state) if self.is_sharded else state
 
     def restore(self, state: State) -> None:
         """Go back to a checkpoint's state."""

@@ -69,6 +69,7 @@ class ShardedGradients:
     def __init__(self, model: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         self._model, self._parameters = model, list(parameters.values())
         self.totals = torch.zeros(3, dtype=torch.float32, device=self._parameters[0].device)
+        self._squares = torch.zeros((), dtype=torch.float32, device=self.totals.device)
 
     def clear(self) -> None:
         """Forget the step before."""
@@ -90,23 +91,23 @@ class ShardedGradients:
         self.totals[2] += 1
 
     def reduce(self, collective: Collective) -> None:
-        """Sum what FSDP has not summed: the totals, and gradients of weights that are not sharded."""
+        """Sum what FSDP has not summed: totals, squares of the shards, and gradients of weights that are whole."""
         collective.sum(self.totals)
+        sharded = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
+        self._squares = _sum_of_squares(sharded, self.totals)
+        collective.sum(self._squares)
         for parameter in self._parameters:
             if not isinstance(parameter, DTensor):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 collective.sum(parameter.grad)
-        self._collective = collective
 
     def normalise(self, clip: float) -> tuple[Tensor, Tensor]:
         """Divide by the supervised tokens, clip by the norm over all shards, and return (mean loss, norm before)."""
         sharded = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
         whole = [p.grad for p in self._parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-        squares = _sum_of_squares(sharded, self.totals)
-        self._collective.sum(squares)
         supervised = self.totals[1].clamp(min=1.0)
-        norm = (squares + _sum_of_squares(whole, self.totals)).sqrt() / supervised
+        norm = (self._squares + _sum_of_squares(whole, self.totals)).sqrt() / supervised
         factor = 1.0 / supervised
         if clip > 0:
             factor = factor * (clip / (norm + 1e-6)).clamp(max=1.0)
