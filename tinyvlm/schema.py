@@ -222,11 +222,12 @@ RECORDS = _row(
     pa.field("offset", pa.int64()),
     pa.field("length", pa.int64()),
     pa.field("meta", pa.string()),
+    pa.field("group", pa.uint64()),
 )
 """Records of a dataset's files: as JSON in `record`, or where they lie, when they are long.
 
 There, `length` bytes at `offset` of `file` are the JSON, or, without a `length`, row `offset` is it.  `meta`: what the
-reader already found out about the record.
+reader already found out about the record.  `group`: of records that share pictures (data/picture_groups.py).
 """
 
 _PART = pa.struct([pa.field("text", pa.string()), pa.field("image", pa.int32())])

@@ -33,6 +33,7 @@ from tinyvlm.data.contamination import Evaluated
 from tinyvlm.data.conversations import check, to_columns
 from tinyvlm.data.decoding import MAX_DETAIL, Decoded
 from tinyvlm.data.given_images import GivenImages
+from tinyvlm.data.picture_groups import TRAINED_ON
 from tinyvlm.data.pictures.bodies import read_bodies
 from tinyvlm.data.pictures.found import PicturesConfig
 from tinyvlm.data.record_files import read_records
@@ -146,7 +147,7 @@ class Prepare(Stage):
     """Turns records and pictures into conversations.  `source` stands in for the configured reader in tests."""
 
     name = "prepare"
-    version = 2
+    version = 3
     fan_out = True
     bytes_per_row = 60_000
     writes = schema.CONVERSATIONS
@@ -287,9 +288,9 @@ class Prepare(Stage):
         """The same from records."""
         assert isinstance(self.source, FileSource)
         told: list[tuple[int, int, Dialogue]] = []
-        listed = rows.select(["key", "status", "detail", "meta"]).to_pylist()
+        listed = rows.select(["key", "status", "detail", "meta", "group"]).to_pylist()
         for row, record in zip(listed, read_records(rows, self.config.columns), strict=True):
-            said = _some(self._said(row, record))
+            said = [_grouped(one, row["group"]) for one in _some(self._said(row, record))]
             told += [(row["key"], number, check(one, len(one.images))) for number, one in enumerate(said)]
         yield from self._with_pictures(told)
 
@@ -374,6 +375,13 @@ class Prepare(Stage):
 def _some(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     told = list(dialogues)[:KEYS_PER_ROW]
     return told or [Dialogue("caption", "train", (), status="bad_text", detail="the settings ask for no words")]
+
+
+def _grouped(one: Dialogue, group: int | None) -> Dialogue:
+    """Held out, or not, together with the conversations that share its pictures."""
+    if group is None or one.split != "train":
+        return one
+    return replace(one, keeps_split=True) if group == TRAINED_ON else replace(one, held_out_by=f"group {group}")
 
 
 def _told(one: Dialogue) -> list[Decoded]:

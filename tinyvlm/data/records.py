@@ -27,6 +27,7 @@ from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
 from tinyvlm.data.listing import Closing, Listing, make_folder
+from tinyvlm.data.picture_groups import PictureGroups
 from tinyvlm.data.record_files import Place, read_rows
 from tinyvlm.data.routing import SortedParts
 from tinyvlm.data.sources import FileSource, drawn, require_fields, storable
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from tinyvlm.data.prepare import PrepareConfig
 
 STAGE = "records"
-VERSION = 2
+VERSION = 3
 MAX_COPIED_BYTES = 16_384
 """Longer records stay in their file."""
 MAX_PART_BYTES = 256 << 20
@@ -130,6 +131,7 @@ class _Lister:
         self.files, self.source, self.config = files, source, config
         self._seen: dict[int, int] = {}
         """Hash of each record's `same` → the key that has it; −1: a record of `prepare.known`."""
+        self._groups = PictureGroups()
 
     def parts(self, folder: Path) -> Iterator[pa.Table]:
         """Rows of `schema.RECORDS`, cut into parts."""
@@ -145,13 +147,19 @@ class _Lister:
                 routes = np.array([row.pop("route") for row in chunk], np.uint64)
                 parts.add(pa.Table.from_pylist(chunk, schema=schema.RECORDS), routes)
             for part in parts.parts(self.config.rows_per_part):
-                yield from _within(part, MAX_PART_BYTES)
+                yield from _within(self._grouped(part), MAX_PART_BYTES)
 
     def close(self, num_rows: int, statuses: Counter[str]) -> Closing:
         """The pass is over."""
         if not num_rows:
             raise DataError(f"{', '.join(self.files)}: there are no records.")
         return Closing(statistics={"files": len(self.files), **self.source.account()})
+
+    def _grouped(self, part: pa.Table) -> pa.Table:
+        """With groups instead of pictures, now that all records have been seen."""
+        groups = [self._groups.group(picture) for picture in part["group"].to_pylist()]
+        column = part.column_names.index("group")
+        return part.set_column(column, "group", pa.array(groups, pa.uint64()))
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         checked: set[str] = set()
@@ -189,7 +197,10 @@ class _Lister:
         in_order = self.source.keeps_order or (file.endswith(".parquet") and text is None)
         together = f"{key}" if outline.together is None else outline.together
         route = key << 20 if in_order else drawn(together)
-        return {"key": key, "status": schema.OK, "detail": None, **lies, "meta": meta, "route": route}
+        pictures = [drawn("picture", picture) for picture in outline.pictures]
+        self._groups.join(pictures)
+        group = pictures[0] if pictures else None
+        return {"key": key, "status": schema.OK, "detail": None, **lies, "meta": meta, "group": group, "route": route}
 
     def _bad(
         self, key: int, file: str, place: Place | None, status: str, detail: str | None, meta: str = "{}"

@@ -116,6 +116,8 @@ class Outline:
 
     together: str | None = None
     """Records with an equal one are written together, so that a picture that they share is stored once."""
+    pictures: Sequence[str] = ()
+    """Names or digests of all pictures of a record: those that share some are on one side of the held-out split."""
     same: str | None = None
     """Of records with an equal one only the first is used; the others end as `duplicate`."""
     about: Mapping[str, Any] = field(default_factory=dict)

@@ -71,6 +71,7 @@ class Llava(FileSource):
         said = [f"{role}: {text.replace(MARK, '').strip()}" for role, text in messages]
         return Outline(
             together=names[0] if names else None,
+            pictures=names,
             same="\n".join([*names, *said]) if said else None,
             about={"subset": self.subset(images, file)},
         )

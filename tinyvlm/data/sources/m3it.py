@@ -125,7 +125,8 @@ class M3IT(FileSource):
     def outline(self, record: Mapping[str, Any], file: str) -> Outline:
         """Where it is from, an instruction for each answer if it has none, and which other rows equal it."""
         about = self._about(record, file)
-        digests = [_digest(image) for image in _given(record)]
+        given = _given(record)
+        digests = [_digest(image) for image in given]
         instruction, inputs = _instruction(record), _inputs(record, about["subset"])
         answers = _answers(record, about["subset"])
         words = [instruction, inputs, *answers]
@@ -133,7 +134,12 @@ class M3IT(FileSource):
         if known and not instruction:
             places = (drawn("instruction", *digests, *words, number) % len(known) for number in range(len(answers)))
             about["instructions"] = [known[place] for place in places]
-        return Outline(digests[0] if digests else None, "\x1f".join([about["split"], *digests, *words]), about)
+        return Outline(
+            together=digests[0] if digests else None,
+            pictures=[] if None in given else digests,
+            same="\x1f".join([about["split"], *digests, *words]),
+            about=about,
+        )
 
     def dialogues(self, record: Mapping[str, Any], about: Mapping[str, Any]) -> Sequence[Dialogue]:
         """One conversation for each answer."""

@@ -55,7 +55,7 @@ class Messages(FileSource):
             return Outline(about=about)  # its row has a better reason than being a duplicate
         shown = [_identity(image) for image in one.images]
         same = json.dumps([to_columns(one.messages), shown], separators=(",", ":"))
-        return Outline(together=shown[0] if shown else None, same=same, about=about)
+        return Outline(together=shown[0] if shown else None, pictures=shown, same=same, about=about)
 
     def dialogues(self, record: Mapping[str, Any], about: Mapping[str, Any]) -> Sequence[Dialogue]:
         """The record's one conversation."""
