@@ -18,7 +18,7 @@ MAX_FAILURES = 3
 """So many times workers may be lost without a new checkpoint in between; with one, it begins anew."""
 
 
-class EndHopelessRuns(UserCallback):  # type: ignore[misc]
+class EndHopelessRuns(UserCallback):  # type: ignore[misc, unused-ignore]
     """Raising in the controller ends the run, where returning has it start the workers again.
 
     Args:
@@ -46,7 +46,7 @@ class EndHopelessRuns(UserCallback):  # type: ignore[misc]
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\t{said}; going on from {newest or 'the start'}\n")
 
 
-class TakeSigterm(WorkerGroupCallback):  # type: ignore[misc]
+class TakeSigterm(WorkerGroupCallback):  # type: ignore[misc, unused-ignore]
     """Python takes signals in the main thread, and training runs in another one: only from here can it be reached."""
 
     def after_worker_group_start(self, worker_group: Any) -> None:
