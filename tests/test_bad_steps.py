@@ -15,13 +15,16 @@ import torch
 from test_loop import CONFIG, Bench, stage, together
 
 from tinyvlm.errors import DataError, Interrupted
+from tinyvlm.lease import Lease
 from tinyvlm.model import load
 from tinyvlm.train import bad_steps, checkpoint, ledger, loop, metrics, worker
 from tinyvlm.train.batch import Batch
-from tinyvlm.train.collective import Collective
+from tinyvlm.train.collective import Alone, Collective
 from tinyvlm.train.kinds import Tally
 from tinyvlm.train.loop import Hooks, Trainer
+from tinyvlm.train.plan import Plan
 from tinyvlm.train.run import TrainingRun, run_local
+from tinyvlm.train.worker import carry_out
 
 BAD = 18
 """The conversation whose loss is no number."""
@@ -218,3 +221,21 @@ def test_being_asked_to_stop_loses_no_step(bench: Bench, tmp_path: Path) -> None
 
     together(2, do)
     assert ended == ["3 ['step-00000003']"] * 2
+
+
+def test_a_conversation_that_was_taken_down_is_left_out_of_the_rest_of_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = stage(tmp_path, "pretrain", steps=0, epochs=1)
+    with pytest.raises(Interrupted), Lease.take(run.folder) as lease:
+        carry_out(run, Alone(), lease.number, wants_to_stop=lambda: True)
+    planned = Plan.load(run.folder / "plan.parquet")
+    gone = planned.packs(planned.num_steps - 1)[0][0].key
+    for path in Path(next(iter(run.prepare))).glob("data/*.parquet"):
+        table = pq.read_table(path)
+        made = [row | {"messages": None, "images": None} if row["key"] == gone else row for row in table.to_pylist()]
+        pq.write_table(type(table).from_pylist(made, schema=table.schema), path, row_group_size=8)
+    with caplog.at_level(logging.WARNING):
+        manifest = run_local(run)
+    assert f"Conversation {gone} of" in caplog.text
+    assert manifest.extra["metrics"]["steps"] == planned.num_steps

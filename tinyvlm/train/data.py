@@ -127,6 +127,10 @@ class SampleOfFeatures(Sample):
     """(N,K,Dv)"""
 
 
+class _TakenDownError(Exception):
+    """The row has lost its content since the plan was made (takedown.py)."""
+
+
 class Conversations:
     """Reads samples by their place.
 
@@ -188,15 +192,21 @@ class Conversations:
     def _sample_or_none(self, item: Item) -> Sample | None:
         try:
             return self._sample(item)
+        except _TakenDownError:
+            self._warn_once(item, f"Conversation {item.key} of {self.files[item.part]} was taken down")
+            return None
         except ImageError as error:
             where = f"A picture of conversation {item.key} in {self.files[item.part]} cannot be decoded ({error})"
             if not self._skip_bad_pictures:
                 said = f"{where}; run `prepare` again, or set on_bad_picture=skip to go on without it."
                 raise DataError(said) from None
-            if _place(item) not in self._told:
-                self._told.add(_place(item))
-                log.warning("%s; going on without it", where)
+            self._warn_once(item, where)
             return None
+
+    def _warn_once(self, item: Item, what: str) -> None:
+        if _place(item) not in self._told:
+            self._told.add(_place(item))
+            log.warning("%s; going on without it", what)
 
     def _sample(self, item: Item) -> Sample:
         text = self._texts.get(_place(item))
@@ -219,6 +229,8 @@ class Conversations:
 
     def _read(self, item: Item) -> Sample:
         row = self._kept.get(_place(item)) or self._row(item)
+        if row["messages"] is None:
+            raise _TakenDownError
         messages, images = messages_of(row["messages"]), row["images"] or []
         ids, supervised = self.processor.tokens(messages, len(images))
         digests = [image["sha256"] or f"{_place(item)}/{number}" for number, image in enumerate(images)]
