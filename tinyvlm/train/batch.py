@@ -70,7 +70,7 @@ class Batch:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """Of each row, 32 hex digits over its ids, positions, labels and pixels: what a model sees of it, and no more.
+        """Of each row, 32 hex digits over its ids, positions, labels and pictures: what a model sees of it, and no more.
 
         How rows were put into batches, and so the padding behind them, makes no difference.  Wants a batch on the CPU.
         """
@@ -80,8 +80,9 @@ class Batch:
             digest = hashlib.sha256(f"{tokens} {end - begin}\n".encode())
             for tensor in (self.input_ids, self.position_ids, self.labels):
                 digest.update(tensor[row, :tokens].contiguous().numpy().data)
-            if self.pixels is not None and end > begin:
-                digest.update(self.pixels[begin:end].contiguous().numpy().data)
+            shown = self.features if self.pixels is None else self.pixels
+            if shown is not None and end > begin:
+                digest.update(shown[begin:end].contiguous().view(torch.uint8).numpy().data)
             found.append(digest.hexdigest()[:32])
         return tuple(found)
 
@@ -145,7 +146,7 @@ def assemble(packs: Sequence[Sequence[Sample]], pad_token_id: int, planned: Sequ
             labels[row, start] = IGNORED
     pictures = [sample.pixels for pack in packs for sample in pack if len(sample.pixels)]
     pixels = torch.from_numpy(np.concatenate(pictures)) if pictures else None
-    sizes = tuple((sum(len(s.input_ids) for s in pack), sum(len(s.pixels) for s in pack)) for pack in packs)
+    sizes = tuple((sum(len(s.input_ids) for s in pack), sum(map(_num_pictures, pack))) for pack in packs)
     rows = torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels)
     return Batch(*rows, pixels, sizes, tuple(planned), features=_features(packs))
 
@@ -161,6 +162,10 @@ def with_pixels(batch: Batch, side: int) -> Batch:
     if batch.pixels is not None or batch.features is not None:
         return batch
     return replace(batch, pixels=torch.zeros((0, side, side, 3), dtype=torch.uint8))
+
+
+def _num_pictures(sample: Sample) -> int:
+    return len(sample.pixels) or len(getattr(sample, "features", ()))
 
 
 def _features(packs: Sequence[Sequence[Sample]]) -> Tensor | None:

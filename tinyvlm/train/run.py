@@ -33,7 +33,7 @@ from tinyvlm.folders import Manifest, close_folder, find_folder, find_folders, g
 from tinyvlm.storage import require_disk
 from tinyvlm.train.settings import TrainConfig
 
-VERSION = 1
+VERSION = 2
 """Raise it when the code changes the weights that come out."""
 
 WARNINGS_FILE = "warnings.log"
