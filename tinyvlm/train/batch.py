@@ -70,7 +70,7 @@ class Batch:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """Of each row, 32 hex digits over its ids, positions, labels and pictures: what a model sees of it, and no more.
+        """Of each row, 32 hex digits over ids, positions, labels and pictures: what a model sees of it, and no more.
 
         How rows were put into batches, and so the padding behind them, makes no difference.  Wants a batch on the CPU.
         """
