@@ -57,4 +57,4 @@ class TakeSigterm(WorkerGroupCallback):  # type: ignore[misc, unused-ignore]
 def _last_line(error: BaseException) -> str:
     """What a failure says at its end, where a traceback has the error itself."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return lines[-1][:160] if lines else type(error).__name__

@@ -139,7 +139,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
         writer.save(2, state(2))
-        writer.finish()
+        assert not writer.finish()
     assert names(tmp_path) == ["step-00000001"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert writer.lost == 1
@@ -151,7 +151,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(
         writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     writer.save(4, state(4))
-    writer.finish()
+    assert writer.finish()
     assert names(tmp_path) == ["step-00000004"]
 
 

@@ -51,7 +51,8 @@ def until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def in_background(do: Callable[[], None]) -> list[BaseException]:
+def in_background(do: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    """A thread, and what it raised."""
     failures: list[BaseException] = []
 
     def guarded() -> None:
@@ -60,8 +61,9 @@ def in_background(do: Callable[[], None]) -> list[BaseException]:
         except BaseException as error:
             failures.append(error)
 
-    threading.Thread(target=guarded, daemon=True).start()
-    return failures
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    return thread, failures
 
 
 def steps_done(run: TrainingRun) -> int:
@@ -74,16 +76,14 @@ def test_a_node_goes_and_another_comes(cluster: Any, tmp_path: Path) -> None:
     node = cluster.add_node(num_cpus=1)
     run = stage(tmp_path, steps=STEPS, epochs=2000, packs_per_step=6, checkpoint_every_steps=10, ledger=True)
 
-    def come_and_go() -> None:
-        until(lambda: steps_done(run) >= 20)
-        cluster.remove_node(node, allow_graceful=False)
-        until(lambda: worlds(run)[-1] == 2)
-        before = steps_done(run)
-        until(lambda: steps_done(run) >= before + 20)
-        cluster.add_node(num_cpus=1)
-
-    failures = in_background(come_and_go)
-    _run_training.run_training(run, 3, 1)
+    training, failures = in_background(lambda: _run_training.run_training(run, 3, 1))
+    until(lambda: steps_done(run) >= 20)
+    cluster.remove_node(node, allow_graceful=False)
+    until(lambda: worlds(run)[-1] == 2)
+    before = steps_done(run)
+    until(lambda: steps_done(run) >= before + 20)
+    cluster.add_node(num_cpus=1)  # in this thread, for a node takes signals
+    training.join(300)
     assert failures == []
     assert worlds(run)[:3] == [3, 2, 3]
     verdict = ledger.judge(run.folder, STEPS)
@@ -109,7 +109,7 @@ def test_a_node_that_is_about_to_be_taken_costs_no_step(cluster: Any, tmp_path: 
         accepted, said = gcs.drain_node(node.node_id, reason, "preemption", deadline_ms)
         assert accepted, said
 
-    failures = in_background(drain)
+    _, failures = in_background(drain)
     _run_training.run_training(run, 3, 1)
     assert failures == []
     assert len(worlds(run)) >= 2

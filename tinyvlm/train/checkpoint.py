@@ -193,6 +193,7 @@ class Writer:
         self._failure: BaseException | None = None
         self.lost = 0
         """Checkpoints that could not be written."""
+        self._lost_last = False
 
     def save(self, step: int, state: State) -> None:
         """Take a copy and write it, after the one before is written."""
@@ -207,20 +208,22 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=(step, self._copy), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
-        """Wait until nothing is being written; raises what went wrong."""
+    def finish(self) -> bool:
+        """Wait until nothing is being written; whether the last checkpoint is there.  Raises what else went wrong."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        return not self._lost_last
 
     def _write(self, step: int, state: State) -> None:
         try:
             save(self._root, step, state, keep=self._keep, before_done=self._before_done)
+            self._lost_last = False
         except OSError as error:
-            self.lost += 1
+            self.lost, self._lost_last = self.lost + 1, True
             kept = complete(self._root)
             log.warning(
                 "the checkpoint of step %d could not be written (%s); training goes on, and the newest one is %s",

@@ -66,8 +66,8 @@ class Hooks:
     """Steps done, "train" or "held_out", the loss of each kind."""
     save: Callable[[int, State], None] = lambda step, state: None
     """Keep a checkpoint of `step` steps done; the state's tensors change as soon as this returns."""
-    settle: Callable[[], None] = lambda: None
-    """Wait until all that was to be kept is kept; called before the run ends early."""
+    settle: Callable[[], bool] = lambda: True
+    """Wait until what was to be kept is kept, and say whether it is; called before the run ends."""
     on_start: Callable[[int, int, int], None] = lambda first_step, updates, skipped: None
     """First step (from 0), updates as the optimizer has counted them, and steps that were skipped."""
     entering: Callable[[int, Sequence[Batch]], None] = lambda step, batches: None
@@ -158,11 +158,9 @@ class Trainer:
             if not is_last and (shall_stop or (every_save and self.steps_done % every_save == 0)):
                 hooks.save(self.steps_done, {**self.state(), "held_out_loss": loss})
             if shall_stop and not is_last:
-                self._settle()
-                raise Interrupted(
-                    f"Asked to stop: {self.steps_done} of {num_steps} steps are done and kept; "
-                    "the same command continues."
-                )
+                done = f"Asked to stop: {self.steps_done} of {num_steps} steps are done"
+                kept = "and kept" if self._settle() else "but the last of them could not be kept"
+                raise Interrupted(f"{done} {kept}; the same command continues.")
 
     def finish(self) -> dict[str, str]:
         """Behind the last step: a whole model with learned rows in their places; hashes of the frozen modules.
@@ -339,12 +337,14 @@ class Trainer:
             log.warning("%s; skipped", what)
             self.steps_done, self.skipped = bad.step + 1, self.skipped + 1
             return
-        if bad.step and all(bool(torch.isfinite(weights).all()) for weights in self.parameters.values()):
+        is_sound = all(bool(torch.isfinite(weights).all()) for weights in self.parameters.values())
+        if bad.step and is_sound:
             self.work.hooks.save(self.steps_done, self.state())
-        self._settle()
+        is_kept = self._settle() and is_sound
+        kept = "the steps before it are kept" if is_kept else "the same command begins with the last checkpoint"
         raise DataError(
-            f"{what}; its batches are in bad-steps/{bad.name}, and the steps before it are kept. Lower the learning "
-            "rates, look at these conversations, or set on_bad_loss=skip."
+            f"{what}; its batches are in bad-steps/{bad.name}, and {kept}. Lower the learning rates, look at these "
+            "conversations, or set on_bad_loss=skip."
         )
 
     def _suspects(self, bad: BadStep) -> list[int]:
@@ -355,10 +355,11 @@ class Trainer:
         found = [pack for pack, flag in zip(packs, flags.tolist(), strict=True) if flag]
         return [item.key for pack in found or packs for item in pack]
 
-    def _settle(self) -> None:
-        """No worker ends before worker 0 has kept everything: whoever watches them might end it too."""
-        self.work.hooks.settle()
-        self.collective.barrier()
+    def _settle(self) -> bool:
+        """Whether everything is kept; no worker ends before: whoever watches them might end worker 0 too."""
+        unkept = torch.tensor([0.0 if self.work.hooks.settle() else 1.0], device=self.device)
+        self.collective.sum(unkept)
+        return not float(unkept)
 
     def _updates(self) -> int:
         """How often the optimizer has changed the weights, by its own count."""
