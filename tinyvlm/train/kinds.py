@@ -28,12 +28,15 @@ from tinyvlm.train.plan import Item, Pack, kinds_of
 class Kinds:
     """Of which kind the conversation of each item is; six bytes for each conversation."""
 
+    COLUMNS = ("part", "group", "row", "source", "family")
+    """What is needed of the lengths."""
+
     def __init__(self, lengths: pa.Table) -> None:
-        """`lengths`: as the plan is made from (`plan.LENGTHS`), rows in the order of the files."""
+        """`lengths`: what the plan is made from (`plan.LENGTHS`), rows in the order of the files."""
         names, codes = kinds_of(lengths)
-        present, codes = np.unique(codes, return_inverse=True)
+        present, places_of = np.unique(codes, return_inverse=True)
         self.names: list[Kind] = [names[code] for code in present]
-        self._codes = codes.reshape(-1).astype(np.int16)
+        self._codes = places_of.reshape(-1).astype(np.int16)
         self._rows: npt.NDArray[np.int32] = lengths["row"].to_numpy()
         places = lengths["part"].to_numpy().astype(np.int64) << 32 | lengths["group"].to_numpy()
         edges = np.flatnonzero(np.diff(places, prepend=-1))
