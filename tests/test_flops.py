@@ -38,6 +38,12 @@ def test_the_formula_is_what_torch_counts(tmp_path: Path, vision: int, connector
     assert cached.vision == 0
 
 
+def test_adapters_need_input_gradients_alone(tmp_path: Path) -> None:
+    config, hot = tiny_model(tmp_path)[0].config, Rates(vision=0.0, connector=1e-4, language=1e-4)
+    adapted = FlopCounter(config, hot, adapters=True).step([40], 1, 5)
+    assert adapted == FlopCounter(config, Rates(vision=0.0, connector=1e-4)).step([40], 1, 5)
+
+
 def test_packed_samples_attend_to_themselves_alone(tmp_path: Path) -> None:
     counter = FlopCounter(tiny_model(tmp_path)[0].config, Rates())
     apart = counter.step([10], 0, 1) + counter.step([30], 0, 1)

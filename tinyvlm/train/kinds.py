@@ -28,8 +28,11 @@ from tinyvlm.train.plan import Item, Pack, kinds_of
 class Kinds:
     """Of which kind the conversation of each item is; six bytes for each conversation."""
 
+    COLUMNS = ("part", "group", "row", "source", "family")
+    """What is needed of the lengths."""
+
     def __init__(self, lengths: pa.Table) -> None:
-        """`lengths`: as the plan is made from (`plan.LENGTHS`), rows in the order of the files."""
+        """`lengths`: what the plan is made from (`plan.LENGTHS`), rows in the order of the files."""
         names, codes = kinds_of(lengths)
         present, inverse = np.unique(codes, return_inverse=True)
         self.names: list[Kind] = [names[code] for code in present]

@@ -51,7 +51,7 @@ class Account:
     @property
     def device_hours(self) -> float:
         """Working time of all workers."""
-        return sum(float(line["workers"]) * seconds for line, seconds in self._attempts()) / 3600
+        return sum(int(line["workers"]) * seconds for line, seconds in self._attempts()) / 3600
 
     @property
     def kilowatt_hours(self) -> tuple[float, str] | None:

@@ -118,7 +118,7 @@ def _carry_out(
         config=config,
         pad_token_id=processor.pad_id,
         new_token_ids=processor.tokenizer.convert_tokens_to_ids(list(chat.IMAGE_TOKENS)),
-        kinds=Kinds(_read_lengths(lengths)) if config.show.sources_every_steps else None,
+        kinds=Kinds(_read_lengths(lengths, Kinds.COLUMNS)) if config.show.sources_every_steps else None,
         peak_flops=peak,
         has_features=stored is not None,
         hooks=hooks,
@@ -271,14 +271,14 @@ def _measure(run: TrainingRun, processor: TinyVLMProcessor, collective: Collecti
     return [run.folder / name for _, name in files]
 
 
-def _read_lengths(files: Sequence[Path]) -> pa.Table:
-    """The lengths of all data files, each with its number among all."""
-    tables = [plan.LENGTHS.empty_table()]
-    place = plan.LENGTHS.get_field_index("part")
+def _read_lengths(files: Sequence[Path], columns: Sequence[str] = plan.LENGTHS.names) -> pa.Table:
+    """The lengths of all data files, each with its number among all; `columns`, "part" among them, or all."""
+    tables = [plan.LENGTHS.empty_table().select(list(columns))]
+    place = tables[0].schema.get_field_index("part")
     for part, path in enumerate(files):
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=list(columns))
         number = pa.array(np.full(table.num_rows, part, np.int32))
-        tables.append(table.set_column(place, plan.LENGTHS.field(place), number))
+        tables.append(table.set_column(place, plan.LENGTHS.field("part"), number))
     return pa.concat_tables(tables)
 
 
