@@ -119,8 +119,10 @@ def test_the_plan_has_what_is_wanted_of_it(straight: Straight) -> None:
     assert len(ledger.judge(straight.of(1).folder).attempts) == 1
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize(
+    ("optimizer", "world"),
+    [("adamw", 1), ("adamw", 2), ("adamw8bit", 1), pytest.param("adamw8bit", 2, marks=pytest.mark.slow)],
+)
 def test_killed_at_every_step_in_turn(
     server: Server, straight: Straight, data: Path, tmp_path: Path, world: int, optimizer: str
 ) -> None:
