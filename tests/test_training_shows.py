@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,8 +236,9 @@ def test_a_follower_tells_what_is_whole_and_new_once(tmp_path: Path) -> None:
 
 def test_showing_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     follower = Follower(tmp_path, [], lambda: 1 // 0)  # type: ignore[arg-type, return-value]
-    follower.look()
-    follower.look()
+    with caplog.at_level(logging.WARNING, "tinyvlm.train.follow"):
+        follower.look()
+        follower.look()
     assert caplog.text.count("not all of the run is shown") == 1
 
 
