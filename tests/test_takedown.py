@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from aiohttp import web
 from given_folders import given_folder, preprocessed
 from PIL import Image
+from prepared import photo
 
 from ray_jobs import _cli, download
 from tinyvlm import cli, images, schema, storage
@@ -22,6 +24,8 @@ from tinyvlm.data.download import Download, DownloadConfig
 from tinyvlm.data.fetch import FetchConfig
 from tinyvlm.data.links import LinksConfig, open_links
 from tinyvlm.data.pictures import PicturesConfig, open_pictures
+from tinyvlm.data.prepare import Prepare, PrepareConfig
+from tinyvlm.data.prepare_input import open_prepare
 from tinyvlm.data.preprocess import Preprocess, PreprocessConfig
 from tinyvlm.errors import DataError
 from tinyvlm.folders import Manifest, find_folder, part_paths, scan
@@ -537,3 +541,28 @@ def test_the_option_of_a_stage_is_read_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
     assert download.run is not None
     assert storage.sizes(tmp_path / "o") == {}
+
+
+def test_records_that_hold_the_picture_of_a_taken_conversation_are_cleared_too(tmp_path: Path) -> None:
+    pictures = [base64.b64encode(photo(number)).decode() for number in range(3)]
+    lines = [
+        {"messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{one}"}}]},
+            {"role": "assistant", "content": f"number {number}"},
+        ]}
+        for number, one in enumerate(pictures)
+    ]  # fmt: skip
+    root = tmp_path / "out"
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = PrepareConfig(source="messages", count_tokens=False)
+    stage = Prepare(config, picture=PICTURE, limits=LIMITS)
+    run = StageRun(stage, open_prepare(stage, [tmp_path / "own.jsonl"], root), root)
+    run_local(run)
+    gone = hashlib.sha256(base64.b64decode(pictures[1])).hexdigest()
+    done = {item.folder.name.split("-")[0]: item.num_rows for item in take_down(listed(tmp_path, gone), [root])}
+    assert done == {"records": 1, "prepare": 1}
+    for path in root.rglob("*.parquet"):
+        assert pictures[1] not in str(pq.read_table(path).to_pylist())
+    left = [row["status"] for table in scan(run.folder, ["status"]) for row in table.to_pylist()]
+    assert sorted(left) == ["ok", "ok", "optout.takedown"]
+    assert sum(item.num_rows for item in take_down(listed(tmp_path, gone), [root])) == 0

@@ -82,6 +82,8 @@ class Judged:
     """Those that are not cleared yet."""
     keys: Keys
     """Keys of the rows that are meant."""
+    made_of: Keys
+    """Keys of the rows that those were made of."""
     pictures: frozenset[str]
     """sha256 of theirs."""
     was: Counter[str]
@@ -126,8 +128,12 @@ class _Removal:
             self._gone[folder] = self._found[folder].keys
         for folder in reversed(order):
             source = self.sources[folder]
-            if source in self.sources and source is not None and not self._found[folder].is_fan_out:
+            if source is None or source not in self.sources:
+                continue
+            if not self._found[folder].is_fan_out:
                 self._gone[source] = np.union1d(self._gone[source], self._gone[folder])
+            elif source.name.startswith("records-"):  # they may hold the picture itself, and have no hash of it
+                self._gone[source] = np.union1d(self._gone[source], self._found[folder].made_of)
         done = [self._clear(folder) for folder in order]
         touched = {folder.name for folder, keys in self._gone.items() if len(keys)}
         return [replace(item, trained_on=_is_model_of(item.folder, touched)) for item in done]
@@ -181,6 +187,7 @@ class _Found:
     """What a folder holds of what is listed."""
 
     keys: Keys
+    made_of: Keys
     pictures: frozenset[str]
     is_due: bool
     is_fan_out: bool
@@ -214,7 +221,8 @@ def judge(rows: pa.Table, takedown: Takedown, sources: Keys = _NO_KEYS) -> Judge
     due = meant & ~is_cleared
     was = Counter(rows["status"].filter(pa.array(due)).to_pylist() if "status" in rows.column_names else [])
     digests = rows["sha256"].filter(pa.array(meant)).drop_null().to_pylist() if "sha256" in rows.column_names else ()
-    return Judged(meant, due, keys[meant], frozenset(digests), was, is_fan_out)
+    made_of = rows["source_key"].filter(pa.array(meant)).drop_null().to_numpy() if is_fan_out else keys[meant]
+    return Judged(meant, due, keys[meant], made_of, frozenset(digests), was, is_fan_out)
 
 
 def judge_file(path: Path, takedown: Takedown, sources: Keys = _NO_KEYS) -> Judged:
@@ -282,13 +290,14 @@ def _look_through(folder: Path, takedown: Takedown, sources: Keys) -> _Found:
     names = [name for name in storage.sizes(data) if part_of(name)]
     current = set(_current(folder, names))
     found = storage.each(lambda name: judge_file(data / name, takedown, sources), names, folder)
-    keys = [judged.keys for name, judged in zip(names, found, strict=True) if name in current]
+    counted = [judged for name, judged in zip(names, found, strict=True) if name in current]
+    keys, made_of = ([_NO_KEYS, *(getattr(one, what) for one in counted)] for what in ("keys", "made_of"))
     is_due = any(judged.due.any() for judged in found)
     is_due = is_due or any(judged.due.any() for _, _, judged in _journals(data, takedown, sources))
     is_fan_out = any(judged.is_fan_out for judged in found)
     pictures = frozenset().union(*(judged.pictures for judged in found))
     is_due = is_due or _shows_too_much(folder)
-    return _Found(np.concatenate([_NO_KEYS, *keys]), pictures, is_due, is_fan_out, sources)
+    return _Found(np.concatenate(keys), np.concatenate(made_of), pictures, is_due, is_fan_out, sources)
 
 
 def _current(folder: Path, names: Iterable[str]) -> list[str]:
