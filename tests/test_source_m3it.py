@@ -218,8 +218,10 @@ def test_pictures_are_all_kept_in_order(tmp_path: Path) -> None:
     assert words(rows[3])[0][1] == "Look at the picture and answer (3).\nIs [0]like [1]?"
     assert words(rows[4])[0][1].startswith("[0][1]Look")
     assert "<image> in HTML" in words(rows[4])[0][1]
-    assert [one["family"] for one in rows[4:7]] == ["reasoning", "text", "text"]
-    assert [one["status"] for one in rows] == ["ok"] * 7 + ["no_picture"]
+    assert [one["status"] for one in rows] == ["ok"] * 5 + ["no_picture"] * 3
+    bare = lay(tmp_path / "bare/kvqa/science-qa/train.jsonl", [row(5, image_base64_str=[])])
+    (words_alone,) = prepare(bare, tmp_path / "words")[0]
+    assert (words_alone["status"], words_alone["family"]) == ("ok", "text")
 
 
 def test_the_repository_s_own_fields(tmp_path: Path) -> None:

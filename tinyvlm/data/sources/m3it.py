@@ -56,6 +56,8 @@ _BARE = frozenset("shapes vqa-v2 docvqa ocr-vqa st-vqa text-vqa gqa okvqa viquae
 _ASKING = frozenset(name for name, family in SUBSETS.items() if family in ("vqa", "knowledge_vqa", "reasoning"))
 _ASKING |= frozenset(("coco-itm", "snli-ve", "mocheg", "visual-dialog", "multi30k"))
 """Their rows are nothing without a question or sentence of their own: without such a field a file is not understood."""
+_WITHOUT_PICTURES = frozenset(("science-qa",))
+"""Has questions about words alone; of the others a row without a picture asks about nothing."""
 _MARK = re.compile(r"\n*<image>\n*")
 _LFS = b"version https://git-lfs"
 _POINTER = "is a pointer of Git LFS, not the file: `git lfs pull` in the clone fetches it."
@@ -148,6 +150,8 @@ class M3IT(FileSource):
         inputs, answers = _inputs(record, subset), _answers(record, subset) or [""]
         instructions = about.get("instructions") or [_instruction(record)] * len(answers)
         status, detail = _trouble(images, instructions[0] or inputs)
+        if status == "ok" and not images and subset in SUBSETS and subset not in _WITHOUT_PICTURES:
+            status, detail = "no_picture", f"a row of {subset} without a picture"
         family: Family = about["family"] if images else "text"
         good = tuple(image for image in images if not isinstance(image, Unreadable))
         told = []
