@@ -18,6 +18,8 @@ class Entry(NamedTuple):
     size: int
     """Bytes; of a folder nothing in particular."""
     is_folder: bool
+    version: str = ""
+    """Of an object: what changes when it is put again, where the store tells it in its lists."""
 
 
 class ObjectStore:
@@ -69,7 +71,7 @@ class ObjectStore:
             found = _fs(folder).ls(_key(folder), detail=True)
         named = [(str(info["name"]).rstrip("/").rpartition("/"), info) for info in found]
         return sorted(
-            Entry(name, int(info["size"] or 0), info["type"] == "directory")
+            Entry(name, int(info["size"] or 0), info["type"] == "directory", _version(info))
             for (parent, _, name), info in named
             if parent.strip("/") == _key(folder).strip("/")
         )
@@ -84,6 +86,10 @@ class ObjectStore:
         """When it was last put, in seconds by the store's own clock."""
         with _as_os_error(path):
             return float(_fs(path).modified(_key(path)).timestamp())
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime") if info.get(name)), "")
 
 
 def _fs(path: Path) -> Any:

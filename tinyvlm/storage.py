@@ -141,6 +141,12 @@ def is_object(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def is_object_address(text: str) -> bool:
+    """`address` would give a place in an object store."""
+    scheme, mark, _ = text.partition("://")
+    return bool(mark) and scheme not in ("file", "hf")
+
+
 def require_disk(reader: str, *paths: Path) -> None:
     """Raises ConfigError when one of the paths lies in an object store, which `reader` does not work on."""
     for path in paths:

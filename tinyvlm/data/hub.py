@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from tinyvlm import storage
 from tinyvlm.errors import DataError
 
 SCHEME = "hf://"
@@ -52,6 +53,8 @@ def is_pinned(file: str | Path) -> bool:
 
 def as_typed(path: Path) -> str:
     """What was typed where a command line has made an absolute path of it: `owner/name` is no path."""
+    if storage.is_object(path):
+        return str(path)
     here = Path.cwd()
     return os.fspath(path.relative_to(here)) if path.is_relative_to(here) and not path.exists() else os.fspath(path)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tinyvlm import config, storage
+from tinyvlm import config
 from tinyvlm.data import hub
 from tinyvlm.data.contamination import open_evaluation
 from tinyvlm.data.pictures import PicturesConfig, find_sources, open_pictures
@@ -119,7 +119,7 @@ def open_prepare(stage: Prepare, inputs: Sequence[Path], root: Path) -> Input:
 
 def _places(inputs: Sequence[Path]) -> list[str]:
     """The inputs as they were typed, where that is no path."""
-    return [str(path) if storage.is_object(path) else hub.as_typed(path) for path in inputs]
+    return [hub.as_typed(path) for path in inputs]
 
 
 def _has(inputs: Sequence[Path], stage_name: str) -> bool:

@@ -1,6 +1,7 @@
 """Pictures that are already there → the `pictures` folder that `preprocess` reads.
 
     a folder of files · WebDataset tars · Parquet with a column of pictures · a dataset on the Hugging Face hub
+    (files and Parquet also in an object store)
         └─ where each picture lies, and its words ─▶ {root}/pictures-{fingerprint}/data/part-00000.parquet …
                                                           └─ bodies.py, in the workers ─▶ bytes ─▶ preprocess
 
@@ -26,9 +27,10 @@ from typing import Any
 import pyarrow as pa
 
 from tinyvlm import config as settings
-from tinyvlm import schema, stage
+from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
 from tinyvlm.data.listing import Closing, Listing, cut, make_folder
+from tinyvlm.data.pictures import stores
 from tinyvlm.data.pictures.folders import Folder, survey
 from tinyvlm.data.pictures.found import IMAGE_SUFFIXES, PicturesConfig, Source, address
 from tinyvlm.data.pictures.tables import Tables, has_images
@@ -41,6 +43,7 @@ __all__ = ["STAGE", "PicturesConfig", "find_sources", "listed", "open_pictures",
 STAGE = "pictures"
 VERSION = 1
 _ROWS_AT_A_TIME = 1_000
+_IN_STORE = "a folder of picture files or Parquet with a column of pictures can be read; tars want to lie on a disk"
 _MAX_BRACES = 1_000_000
 _MAX_SAID = 10
 """How many damaged files are named in the log; the report has them all."""
@@ -90,6 +93,9 @@ def find_sources(place: str, config: PicturesConfig, root: Path | None = None) -
     Raises:
         DataError: as `open_pictures`.
     """
+    stored = storage.address(place)
+    if storage.is_object(stored):
+        return [_stored(stored, config, root)]
     path = Path(place).absolute()
     if path.is_dir():
         return [_folder(path, config, root)]
@@ -109,11 +115,28 @@ class _Reader(stage.Stage):
     reads = (STAGE,)
 
 
+def _stored(path: Path, config: PicturesConfig, root: Path | None) -> Source:
+    """A file in an object store, or what lies under a prefix."""
+    if storage.is_file(path):
+        files, suffix = [str(path)], path.suffix.lower()
+        if suffix == ".parquet":
+            return Tables(str(path), files, config)
+        raise DataError(f"{path} is no Parquet; in an object store, {_IN_STORE}.")
+    seen = stores.survey(path)
+    num_files = sum(seen.suffixes[suffix] for suffix in IMAGE_SUFFIXES)
+    if not (num_files or (seen.tables and (config.image_column or has_images(seen.tables[0])))):
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in seen.suffixes.most_common(5))
+        raise DataError(f"There are no pictures under {path} ({kinds or 'it is empty'}); there, {_IN_STORE}.")
+    if root is not None and f"{root}/".startswith(f"{str(path).rstrip('/')}/"):
+        raise DataError(f"The output {root} lies inside the folder of pictures {path}; give an --output beside it.")
+    return stores.Store(path, config, seen) if num_files else Tables(str(path), seen.tables, config)
+
+
 def _folder(path: Path, config: PicturesConfig, root: Path | None) -> Source:
     """What a folder holds decides what it is; what lies beside tars and picture files is not asked for pictures."""
     seen = survey(path)
     num_files = sum(seen.suffixes[suffix] for suffix in IMAGE_SUFFIXES)
-    if not (seen.tars or num_files or (seen.tables and (config.image_column or has_images(seen.tables[0])))):
+    if not (seen.tars or num_files or (seen.tables and (config.image_column or has_images(address(seen.tables[0]))))):
         there = Counter({suffix or "without suffix": count for suffix, count in seen.suffixes.items()}) + seen.left_out
         kinds = ", ".join(f"{count} {what}" for what, count in there.most_common(5))
         raise DataError(f"The folder {path} holds no pictures ({kinds or 'it is empty'}); give {_WANTED}.")

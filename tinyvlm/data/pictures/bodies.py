@@ -13,14 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from tinyvlm import schema
+from tinyvlm import schema, storage
 from tinyvlm.data import hub
 from tinyvlm.data.pictures.found import open_regular, path_of, shown
-from tinyvlm.data.pictures.tables import open_table
+from tinyvlm.data.pictures.tables import modified_of, open_table
 from tinyvlm.errors import DataError
 
 ROWS_AT_A_TIME = 16
-"""Pictures of a column that are in memory together."""
+"""Pictures of a column, or objects of a store, that are in memory together."""
+_OBJECTS = ""
+"""Stands for the file of pictures that are objects of their own."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,40 @@ def read_bodies(rows: pa.Table, max_bytes: int) -> Iterator[Body]:
         DataError: a tar or Parquet file has changed since it was listed, or cannot be read.
     """
     needed = rows.select(["status", "detail", "url", "file", "column", "offset", "length", "modified"])
-    for (file, column), run in itertools.groupby(needed.to_pylist(), key=lambda row: (row["file"], row["column"])):
+    for (file, column), run in itertools.groupby(needed.to_pylist(), key=_together):
         together = list(run)
-        if column is None:
+        if file == _OBJECTS:
+            yield from _objects(together, max_bytes)
+        elif column is None:
             yield from _pieces(file, together, max_bytes)
         else:
             yield from _cells(file, column, together)
+
+
+def _together(row: dict[str, Any]) -> tuple[str, str | None]:
+    """What neighbours must have in common to be read together: their file, or that each is an object of its own."""
+    if row["column"] is None and storage.is_object_address(row["file"]):
+        return _OBJECTS, None
+    return row["file"], row["column"]
+
+
+def _objects(rows: list[dict[str, Any]], max_bytes: int) -> Iterator[Body]:
+    """Whole objects, some at a time, because each answer takes a while to come."""
+    place = storage.address(rows[0]["file"])
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        yield from storage.each(lambda row: _object(row, max_bytes), rows[start : start + ROWS_AT_A_TIME], place)
+
+
+def _object(row: dict[str, Any], max_bytes: int) -> Body:
+    if row["length"] > max_bytes:
+        return Body(None, "too_large", f"{row['length']} bytes, {max_bytes} allowed")
+    try:
+        data = storage.read(storage.address(row["file"]))
+    except (FileNotFoundError, PermissionError) as error:
+        return Body(None, "unreadable", error.strerror or str(error))
+    except OSError as error:  # a store that does not answer is no fault of the picture: the same command continues
+        raise DataError(f"{row['file']} cannot be read: {error.strerror or error}.") from error
+    return Body(data) if len(data) == row["length"] else Body(None, "unreadable", "changed since it was listed")
 
 
 def _pieces(file: str, rows: list[dict[str, Any]], max_bytes: int) -> Iterator[Body]:
@@ -87,9 +117,9 @@ def _cells(file: str, column: str, rows: list[dict[str, Any]]) -> Iterator[Body]
     """By row and column: streams through the row groups that hold them."""
     if not hub.is_pinned(file):
         try:
-            modified = os.stat(path_of(file)).st_mtime_ns
+            modified = modified_of(file)
         except OSError as error:
-            raise DataError(f"{shown(path_of(file))} cannot be opened: {error.strerror}.") from error
+            raise DataError(f"{_named(file)} cannot be opened: {error.strerror}.") from error
         if modified != rows[0]["modified"]:
             raise DataError(_changed(file))
     with open_table(file) as table:
@@ -127,4 +157,8 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _changed(file: str) -> str:
-    return f"{shown(path_of(file))} has changed since it was listed; run the same command again to list it anew."
+    return f"{_named(file)} has changed since it was listed; run the same command again to list it anew."
+
+
+def _named(file: str) -> str:
+    return shown(path_of(file)) if file.startswith("file://") else file

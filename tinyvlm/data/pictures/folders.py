@@ -18,10 +18,10 @@ import posixpath
 import sqlite3
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tinyvlm.data.pictures.found import (
     IMAGE_SUFFIXES,
@@ -86,16 +86,16 @@ class Folder:
 
     def __iter__(self) -> Iterator[Found]:
         self.left_out.clear()
-        with _Metadata(self.root, self.seen.metadata, self.config) as metadata:
+        with Metadata(self.root, self.seen.metadata, self.config) as metadata:
             for file in walk(self.root, self.left_out):
                 suffix = suffix_of(file.name)
                 if suffix in IMAGE_SUFFIXES:
                     yield self._found(file, metadata)
-                elif suffix not in WORD_SUFFIXES and not _is_metadata(file.name):
+                elif suffix not in WORD_SUFFIXES and not is_metadata(file.name):
                     self.left_out[suffix or "no suffix"] += 1
             self.left_out["names in metadata without a picture"] += metadata.num_unused()
 
-    def _found(self, file: File, metadata: _Metadata) -> Found:
+    def _found(self, file: File, metadata: Metadata) -> Found:
         path = os.path.join(self.root, file.name)
         known = metadata.get(file.name)
         caption, meta = known or words(self._texts(path), self.config)
@@ -135,9 +135,9 @@ def survey(root: Path) -> Survey:
         seen.suffixes[suffix] += 1
         if suffix in (".tar", ".parquet"):
             (seen.tars if suffix == ".tar" else seen.tables).append(root / os.fsdecode(file.name))
-        elif _is_metadata(file.name):
+        elif is_metadata(file.name):
             seen.metadata.append(file.name)
-        if suffix in (*IMAGE_SUFFIXES, *WORD_SUFFIXES) or _is_metadata(file.name):
+        if suffix in (*IMAGE_SUFFIXES, *WORD_SUFFIXES) or is_metadata(file.name):
             digest.update(b"%d %d %d " % (len(file.name), file.num_bytes, file.modified) + file.name)
     return replace(seen, digest=digest.hexdigest())
 
@@ -193,22 +193,28 @@ def _leads_inside(path: bytes, root: bytes) -> bool:
     return os.path.commonpath([real, root]) == root and os.path.exists(real)
 
 
-def _is_metadata(name: bytes) -> bool:
+def is_metadata(name: bytes) -> bool:
     return os.path.basename(name) in METADATA
 
 
-class _Metadata:
+class Metadata:
     """The rows of all metadata files by their picture's path from the folder, in a database on disk that goes away."""
 
-    def __init__(self, root: bytes, files: list[bytes], config: PicturesConfig) -> None:
-        self.config, self.num_used = config, 0
+    def __init__(
+        self,
+        root: bytes,
+        files: Sequence[bytes],
+        config: PicturesConfig,
+        open_file: Callable[[bytes], BinaryIO] = open_regular,
+    ) -> None:
+        self.config, self.open_file, self.num_used = config, open_file, 0
         self.database = sqlite3.connect("")  # an empty name: a temporary file
         self.database.execute("CREATE TABLE words (name BLOB PRIMARY KEY, caption TEXT, meta TEXT) WITHOUT ROWID")
         for name in files:
             self._read(root, name)
         self.num_rows = int(self.database.execute("SELECT COUNT(*) FROM words").fetchone()[0])
 
-    def __enter__(self) -> _Metadata:
+    def __enter__(self) -> Metadata:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -230,7 +236,7 @@ class _Metadata:
     def _read(self, root: bytes, name: bytes) -> None:
         path, folder = os.path.join(root, name), os.path.dirname(name)
         try:
-            with open_regular(path) as file:
+            with self.open_file(path) as file:
                 lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
                 rows = _csv(lines) if name.endswith(b".csv") else _jsonl(lines)
                 self.database.executemany(

@@ -1,4 +1,5 @@
-"""Parquet files with pictures in a column, as Hugging Face's `datasets` writes them; here, or in a dataset on the hub.
+"""Parquet files with pictures in a column, as Hugging Face's `datasets` writes them; here, in an
+object store, or in a dataset on the hub.
 
 image: struct<bytes, path>   text: string   …          or `jpg: binary`, as img2dataset writes them
   └ row number ──▶ a worker reads these rows       └ read here, one row group after the other
@@ -11,19 +12,18 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyvlm import config as settings
+from tinyvlm import storage
 from tinyvlm.data import hub
 from tinyvlm.data.pictures.found import (
     CAPTION_NAMES,
     Found,
     PicturesConfig,
-    address,
     caption_of,
     open_regular,
     path_of,
@@ -39,7 +39,7 @@ STREAM_BYTES = 4 << 20
 
 
 class Tables:
-    """Parquet files, one after the other; a file is an address, `file://…` or `hf://…` of a pinned revision."""
+    """Parquet files, one after the other; a file is an address (`file:`, `s3:`, `hf:` of a pinned revision)."""
 
     def __init__(self, name: str, files: Sequence[str], config: PicturesConfig) -> None:
         self.name, self.files, self.config = name, files, config
@@ -55,7 +55,7 @@ class Tables:
 
     def __iter__(self) -> Iterator[Found]:
         for file in self.files:
-            modified = next(iter(_stat(file)[1:]), None)
+            modified = modified_of(file)
             with open_table(file) as table:
                 column, others = self._columns(file, table.schema_arrow)
                 for number, fields in enumerate(_rows(table, others)):
@@ -99,14 +99,15 @@ def open_table(file: str) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{_readable(file)} cannot be read as Parquet: {reason}") from error
 
 
-def open_file(file: str) -> BinaryIO:
-    """The bytes at an address."""
+def open_file(file: str) -> Any:
+    """The bytes at an address: a file of Python's, or one of Arrow's."""
+    if storage.is_object_address(file):
+        return storage.readable(storage.address(file))
     return hub.open_file(file) if hub.is_pinned(file) else open_regular(path_of(file))
 
 
-def has_images(path: Path) -> bool:
+def has_images(file: str) -> bool:
     """Whether a Parquet file has a column that we would take for pictures."""
-    file = address(path)
     try:
         with open_table(file) as table:
             _image_column(file, table.schema_arrow, PicturesConfig())
@@ -168,13 +169,21 @@ def _rows(table: pq.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]
             yield from batch.to_pylist()
 
 
+def modified_of(file: str) -> int | None:
+    """A file's time of change, ns; None of what lies on the hub.  Raises OSError."""
+    return next(iter(_stat(file)[1:]), None)
+
+
 def _stat(file: str) -> tuple[int, ...]:
     """Size and time of change; nothing of what lies on the hub."""
     if hub.is_pinned(file):
         return ()
+    if storage.is_object_address(file):
+        path = storage.address(file)
+        return storage.sizes(path.parent).get(path.name, 0), round(storage.modified(path) * 1e9)
     status = os.stat(path_of(file))
     return status.st_size, status.st_mtime_ns
 
 
 def _readable(file: str) -> str:
-    return file if hub.is_pinned(file) else shown(path_of(file))
+    return shown(path_of(file)) if file.startswith("file://") else file
