@@ -82,3 +82,14 @@ def bucket(object_store: None) -> Path:
     place: Any = address(f"s3://test-{uuid.uuid4().hex}")
     place.fs.mkdir(place.path)
     return place
+
+
+@pytest.fixture
+def quick_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray of our own that reports every second instead of every ten."""
+    pytest.importorskip("ray")
+    from ray_jobs import _cluster
+
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    with _cluster.connected() as ray:
+        yield ray

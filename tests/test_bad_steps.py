@@ -18,6 +18,7 @@ from tinyvlm.errors import DataError, Interrupted
 from tinyvlm.lease import Lease
 from tinyvlm.model import load
 from tinyvlm.train import bad_steps, checkpoint, ledger, loop, metrics, worker
+from tinyvlm.train.bad_steps import BadStep
 from tinyvlm.train.batch import Batch
 from tinyvlm.train.collective import Alone, Collective
 from tinyvlm.train.kinds import Tally
@@ -239,3 +240,20 @@ def test_a_conversation_that_was_taken_down_is_left_out_of_the_rest_of_a_run(
         manifest = run_local(run)
     assert f"Conversation {gone} of" in caplog.text
     assert manifest.extra["metrics"]["steps"] == planned.num_steps
+
+
+def test_a_bad_step_of_stored_features_is_replayed(tmp_path: Path, bench: Bench) -> None:
+    trainer = bench.trainer(SLOW)
+    batch = trainer.batches(0)[0]
+    assert batch.pixels is not None
+    with torch.no_grad():
+        features = trainer.model.encode_pictures(batch.pixel_values)
+    bare = dataclasses.replace(batch, pixels=None, features=features)
+    told = []
+    for kind, one in (("live", batch), ("stored", bare)):
+        bad_steps.keep(tmp_path / kind, BadStep(0, math.inf, 1.0, [one], [math.inf]), rank=0)
+        (folder,) = (tmp_path / kind / "bad-steps").iterdir()
+        told.append([(each.keys, each.loss) for each in bad_steps.replay(trainer.model, folder)])
+    live, stored = told
+    assert [keys for keys, _ in live] == [keys for keys, _ in stored]
+    assert [loss for _, loss in stored] == pytest.approx([loss for _, loss in live], abs=1e-4)

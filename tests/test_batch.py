@@ -12,11 +12,12 @@ from tiny_model import ask, picture, tiny_model
 from training_data import conversation, prepare_folder, rows
 
 from tinyvlm.chat import Message
+from tinyvlm.data.conversations import messages_of
 from tinyvlm.errors import DataError
 from tinyvlm.model import Sample, TinyVLMForConditionalGeneration, TinyVLMProcessor
 from tinyvlm.train import plan
 from tinyvlm.train.batch import IGNORED, Batch, assemble, group
-from tinyvlm.train.data import Conversations, data_files, measure, messages_of
+from tinyvlm.train.data import Conversations, data_files, measure
 from tinyvlm.train.reading import Window
 
 torch.set_num_threads(1)

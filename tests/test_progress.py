@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,17 +289,6 @@ def test_metrics_say_what_the_line_says(tmp_path: Path, hands: Clock) -> None:
     assert recorder.values["tinyvlm_seconds_left", ""] == 0
     assert recorder.values["tinyvlm_rows_per_second", ""] == 0
     assert {name for name, _ in recorder.values} == {*COUNTERS, *GAUGES}
-
-
-@pytest.fixture
-def quick_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray of our own that reports every second instead of every ten."""
-    pytest.importorskip("ray")
-    from ray_jobs import _cluster
-
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-    with _cluster.connected() as ray:
-        yield ray
 
 
 @pytest.mark.ray

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +101,6 @@ class TaggedRecorder(Recorder):
         return Tagged()
 
     Counter = Gauge = _make
-
-
-@pytest.fixture
-def quick_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray of our own that reports every second instead of every ten."""
-    pytest.importorskip("ray")
-    from ray_jobs import _cluster
-
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-    with _cluster.connected() as ray:
-        yield ray
 
 
 @pytest.mark.ray

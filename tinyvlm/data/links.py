@@ -11,7 +11,6 @@ fingerprint covers the settings and the bytes of the input files.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from tinyvlm import config as settings
 from tinyvlm import schema, stage, storage
 from tinyvlm.data import hub
 from tinyvlm.data.listing import Closing, Listing, make_folder
-from tinyvlm.data.routing import Router, SortedParts
+from tinyvlm.data.routing import Router, SortedParts, sorting_room
 from tinyvlm.errors import ConfigError, DataError
 from tinyvlm.folders import Input, is_finished, point_latest
 
@@ -151,21 +150,10 @@ def _routed(files: list[Path], config: LinksConfig, folder: Path, router: Router
     for urls in _urls(files, config):
         router.count(urls)
     num_bytes = router.num_rows * _BYTES_PER_LINK
-    with _sorting(folder) as sorting, SortedParts(sorting, schema.LINKS, num_bytes=num_bytes) as parts:
+    with sorting_room(folder) as sorting, SortedParts(sorting, schema.LINKS, num_bytes=num_bytes) as parts:
         for rows in _rows(files, config):
             parts.add(rows, router.routes(rows))
         yield from parts.parts(config.rows_per_part)
-
-
-@contextmanager
-def _sorting(folder: Path) -> Iterator[Path]:
-    """Room on a disk for sorting: where the folder lies, if it lies on one."""
-    if storage.is_object(folder):
-        with tempfile.TemporaryDirectory(prefix="tinyvlm-sorting-") as scratch:
-            yield Path(scratch) / "sorting"
-    else:
-        yield folder / ".sorting.tmp"
-        storage.remove_tree(folder / ".sorting.tmp")
 
 
 def _urls(files: list[Path], config: LinksConfig) -> Iterator[pa.ChunkedArray]:

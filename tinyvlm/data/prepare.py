@@ -36,7 +36,7 @@ from tinyvlm.data.given_images import GivenImages
 from tinyvlm.data.picture_groups import TRAINED_ON
 from tinyvlm.data.pictures.bodies import read_bodies
 from tinyvlm.data.pictures.found import PicturesConfig
-from tinyvlm.data.record_files import read_records
+from tinyvlm.data.record_files import parse, read_records
 from tinyvlm.data.rewriting import RewriteConfig
 from tinyvlm.data.sources import Dialogue, FileSource, GivenImage, PictureSource, SourceRow, StoredImage, storable
 from tinyvlm.data.sources.catalogue import SourceName, open_source
@@ -261,7 +261,7 @@ class Prepare(Stage):
         assert not isinstance(self.source, FileSource)
         wanted = [name for name in ("key", "caption", "meta", "image", "sha256", "phash") if name in rows.column_names]
         for row in rows.select(wanted).to_pylist():
-            said = self.source.dialogues(SourceRow(row["key"], row["caption"], _parse(row["meta"])))
+            said = self.source.dialogues(SourceRow(row["key"], row["caption"], parse(row["meta"] or "{}")))
             sha256 = row.get("sha256") or hashlib.sha256(row["image"]).hexdigest()
             picture = Decoded(status=schema.OK, image=row["image"], sha256=sha256, phash=row.get("phash"))
             for number, one in enumerate(_some(said)):
@@ -279,7 +279,9 @@ class Prepare(Stage):
                 if body.data is None:
                     said = [Dialogue("caption", "train", (), status=body.status, detail=body.detail)]
                 else:
-                    said = _some(self.source.dialogues(SourceRow(row["key"], row["caption"], _parse(row["meta"]))))
+                    said = _some(
+                        self.source.dialogues(SourceRow(row["key"], row["caption"], parse(row["meta"] or "{}")))
+                    )
                     said = [check(replace(one, images=(body.data,)), 1) for one in said]
                 told += [(row["key"], number, one) for number, one in enumerate(said)]
             yield from self._with_pictures(told)
@@ -313,7 +315,7 @@ class Prepare(Stage):
 
     def _said(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> Sequence[Dialogue]:
         assert isinstance(self.source, FileSource)
-        about = _parse(row["meta"])
+        about = parse(row["meta"] or "{}")
         if row["status"] != schema.OK:
             family, split = about.get("family", "instruction"), about.get("split", "train")
             subset = about.get("subset", "")
@@ -404,12 +406,3 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _num_pictures(messages: Sequence[Message]) -> int:
     return sum(isinstance(part, Picture) for message in messages for part in message.parts)
-
-
-def _parse(meta: str | None) -> dict[str, Any]:
-    """A row's `meta` as a dictionary; anything else counts as nothing said."""
-    try:
-        value = json.loads(meta or "{}")
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}

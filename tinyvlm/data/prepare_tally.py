@@ -8,11 +8,9 @@ Columns are counted as columns: of millions of rows hardly one becomes a Python 
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tinyvlm import schema
+from tinyvlm.data.record_files import parse
 from tinyvlm.data.samples import Draw, Place, kinds_of
 from tinyvlm.data.tallies import Distinct, Groups, Quantiles
 
@@ -232,7 +231,7 @@ class Ledger:
     def enter(self, families: Sequence[str], metas: Sequence[str | None]) -> None:
         """Note usable conversations."""
         for family, text in zip(families, metas, strict=True):
-            meta = _parse(text)
+            meta = parse(text or "{}")
             if meta.get("set") in self._asked:
                 self._arrived[meta["set"]].add(meta["image_id"])
                 if family in QUESTIONS:
@@ -252,11 +251,3 @@ class Ledger:
                 "pictures_missing": len(missing),
             }
         return told
-
-
-def _parse(meta: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(meta or "{}")
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +27,7 @@ from tinyvlm.data import hub
 from tinyvlm.data.listing import Closing, Listing, make_folder
 from tinyvlm.data.picture_groups import PictureGroups
 from tinyvlm.data.record_files import Place, read_rows
-from tinyvlm.data.routing import SortedParts
+from tinyvlm.data.routing import SortedParts, sorting_room
 from tinyvlm.data.sources import FileSource, drawn, require_fields, storable
 from tinyvlm.data.sources.catalogue import fitting
 from tinyvlm.errors import DataError
@@ -141,7 +139,7 @@ class _Lister:
                 if same is not None:
                     self._seen.setdefault(drawn(same), -1)
         num_bytes = sum(next(iter(_stat(file)), 1 << 30) for file in self.files)
-        with _sorting(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_bytes=num_bytes) as parts:
+        with sorting_room(folder) as scratch, SortedParts(scratch, schema.RECORDS, num_bytes=num_bytes) as parts:
             rows = itertools.islice(self._rows(), self.config.limit)
             while chunk := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
                 routes = np.array([row.pop("route") for row in chunk], np.uint64)
@@ -241,15 +239,3 @@ def _as_json(record: Mapping[str, Any]) -> str | None:
 
 def _can_seek(file: str) -> bool:
     return file.endswith((".jsonl", ".ndjson", ".parquet"))
-
-
-@contextmanager
-def _sorting(folder: Path) -> Iterator[Path]:
-    """Room on a disk for sorting: where the folder lies, if it lies on one."""
-    if storage.is_object(folder):
-        with tempfile.TemporaryDirectory(prefix="tinyvlm-sorting-") as scratch:
-            yield Path(scratch) / "sorting"
-    else:
-        storage.remove_tree(folder / ".sorting.tmp")
-        yield folder / ".sorting.tmp"
-        storage.remove_tree(folder / ".sorting.tmp")

@@ -11,7 +11,9 @@ share its budget (see fetch.py).  Sorting goes through files, so a list of any l
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tinyvlm import storage
 from tinyvlm.data.sites import NO_HOST, hosts_of
 
 Hashes = NDArray[np.uint64]
@@ -72,6 +75,18 @@ class Router:
             self.giants |= set(pc.unique(hosts.filter(mask)).to_pylist())
             routes[is_giant] = hashes_of(pc.utf8_trim_whitespace(rows["url"].filter(mask)).combine_chunks())
         return routes
+
+
+@contextmanager
+def sorting_room(folder: Path) -> Iterator[Path]:
+    """A place on a disk for `SortedParts` that is gone afterwards: where the folder lies, if it lies on a disk."""
+    if storage.is_object(folder):
+        with tempfile.TemporaryDirectory(prefix="tinyvlm-sorting-") as scratch:
+            yield Path(scratch) / "sorting"
+    else:
+        storage.remove_tree(folder / ".sorting.tmp")  # of somebody who was killed
+        yield folder / ".sorting.tmp"
+        storage.remove_tree(folder / ".sorting.tmp")
 
 
 class SortedParts:

@@ -67,6 +67,7 @@ def keep(folder: Path, bad: BadStep, rank: int) -> None:
             "position_ids": batch.position_ids,
             "labels": batch.labels,
             "pixels": batch.pixels,
+            "features": batch.features,
             "sizes": [list(size) for size in batch.sizes],
             "packs": [[list(item) for item in pack] for pack in batch.packs],
         }
@@ -110,6 +111,7 @@ def replay(model: Any, folder: str | Path) -> Iterator[Replayed]:
                         position_ids=moved.position_ids,
                         labels=moved.labels,
                         pixel_values=moved.pixel_values,
+                        image_features=moved.features,
                         loss_reduction="sum",
                         use_cache=False,
                     )
@@ -122,9 +124,12 @@ def _rows(content: dict[str, Any]) -> Iterator[Batch]:
     begin = 0
     for row, (tokens, pictures) in enumerate(content["sizes"]):
         ids, positions, labels = (content[name][row : row + 1, :tokens] for name in _NAMES)
-        pixels = content["pixels"][begin : begin + pictures] if pictures else None
+        shown = slice(begin, begin + pictures)
+        pixels, features = (
+            content[name][shown] if pictures and content[name] is not None else None for name in ("pixels", "features")
+        )
         begin += pictures
-        yield Batch(ids, positions, labels, pixels, ((tokens, pictures),))
+        yield Batch(ids, positions, labels, pixels, ((tokens, pictures),), features=features)
 
 
 _NAMES = ("input_ids", "position_ids", "labels")

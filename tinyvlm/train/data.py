@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinyvlm import schema
-from tinyvlm.chat import Message, Part, Picture
+from tinyvlm.data.conversations import messages_of
 from tinyvlm.errors import DataError, InputError
 from tinyvlm.folders import part_paths
 from tinyvlm.images import ImageError
@@ -47,15 +47,6 @@ _DIGESTS, _BYTES = READ_COLUMNS[2:]
 def data_files(folders: Iterable[Path]) -> list[Path]:
     """The data files of `prepare` folders, in order; their positions are the `part` of a plan."""
     return [path for folder in folders for path in part_paths(folder)]
-
-
-def messages_of(row: Sequence[dict[str, Any]]) -> list[Message]:
-    """The `messages` column of one row as messages."""
-    return [Message(message["role"], tuple(map(_part, message["parts"]))) for message in row]
-
-
-def _part(part: dict[str, Any]) -> Part:
-    return (part["text"] or "") if part["image"] is None else Picture(part["image"])
 
 
 def measure(files: Mapping[int, Path], processor: TinyVLMProcessor) -> pa.Table:
