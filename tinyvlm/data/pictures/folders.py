@@ -194,6 +194,7 @@ def _leads_inside(path: bytes, root: bytes) -> bool:
 
 
 def is_metadata(name: bytes) -> bool:
+    """Whether a file tells the captions of the pictures beside it."""
     return os.path.basename(name) in METADATA
 
 
